@@ -1,0 +1,105 @@
+"""What a backend is given and what it gives back: the one contract that both of them keep."""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# Which of (input, target, inside weights, outside weights) need a gradient.
+Needs = tuple[bool, bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+NOTHING: Needs = (False, False, False, False)
+MASK_DTYPES = (torch.bool, torch.uint8)
+
+
+class Problem(NamedTuple):
+    """One evaluation of the loss: checked operands on one device, and options that fit them."""
+
+    input: Tensor
+    """Any float dtype, any shape."""
+    target: Tensor
+    """Any float dtype, the input's shape."""
+    inside: Tensor | float
+    """A factor, or a tensor that broadcasts to the input: of `MASK_DTYPES` it selects."""
+    outside: Tensor | float
+    """Like `inside`."""
+    divisor: Tensor | float
+    """What the sum is divided by: a number, or a tensor of one element that stays on its device."""
+    beta: float
+    """Where the quadratic part ends, finite in `compute_dtype`; 0 is L1."""
+    reduce: bool
+    """Whether the loss is a sum over all elements, or one loss an element."""
+    compute_dtype: torch.dtype
+    """The dtype of arithmetic and accumulation: float64 where any operand is, else float32."""
+    loss_dtype: torch.dtype
+    """The dtype of the loss."""
+
+    @property
+    def inverse_beta(self) -> float:
+        """1 / beta, or inf where `compute_dtype` has no such number: the loss is L1 then."""
+        largest = torch.finfo(self.compute_dtype).max
+        return 1.0 / self.beta if self.beta * largest >= 1.0 else math.inf
+
+
+class Backend(Protocol):
+    """The loss of a `Problem`, by some means."""
+
+    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+        """Return the loss, and those gradients for an upstream gradient of 1 that are needed.
+
+        Only input and target may need one here, and only if `problem.reduce`.
+        """
+        ...
+
+    def backward(self, problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+        """Return the needed gradients for an upstream gradient of the loss's shape."""
+        ...
+
+    def rescale(
+        self, problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs
+    ) -> Gradients:
+        """Turn what `forward` returned into what `backward` returns, overwriting it."""
+        ...
+
+
+def is_mask(weights: Tensor | float) -> bool:
+    """Whether these weights select elements instead of multiplying them."""
+    return isinstance(weights, Tensor) and weights.dtype in MASK_DTYPES
+
+
+def has_masks(problem: Problem) -> bool:
+    """Whether some elements may not be selected."""
+    return is_mask(problem.inside) or is_mask(problem.outside)
+
+
+def full_size_gradients(problem: Problem, needs: Needs) -> Gradients:
+    """Allocate the gradients, all of the input's shape and memory format.
+
+    Those of weights have the compute dtype, because what is summed up must not be rounded before.
+    """
+    input, target = problem.input, problem.target
+    dtypes = (input.dtype, target.dtype, problem.compute_dtype, problem.compute_dtype)
+    grad_input, grad_target, grad_inside, grad_outside = (
+        torch.empty_like(input, dtype=dtype) if needed else None
+        for needed, dtype in zip(needs, dtypes, strict=True)
+    )
+    return grad_input, grad_target, grad_inside, grad_outside
+
+
+def sum_to_weights(problem: Problem, gradients: Gradients) -> Gradients:
+    """Sum full-size gradients of broadcast weights to the shape and dtype of the weights."""
+
+    def summed(gradient: Tensor | None, weights: Tensor | float) -> Tensor | None:
+        if gradient is None or not isinstance(weights, Tensor):
+            return None
+        return gradient.sum_to_size(weights.shape).to(weights.dtype)
+
+    grad_input, grad_target, grad_inside, grad_outside = gradients
+    return (
+        grad_input,
+        grad_target,
+        summed(grad_inside, problem.inside),
+        summed(grad_outside, problem.outside),
+    )

@@ -1,0 +1,280 @@
+"""The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
+
+`forward`, `backward` and `rescale` keep the contract of `contract.Backend`. They go through the
+operands block by block, in place, so that one small scratch buffer is all they need beside the
+results. `composition` is the same loss once more as a chain of differentiable operations, for those
+who need its graph: double backward, and transformations that trace through it.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name PyTorch users know it by)
+from torch import Tensor
+
+from fused_smoothl1.contract import (
+    Gradients,
+    Needs,
+    Problem,
+    full_size_gradients,
+    has_masks,
+    is_mask,
+    sum_to_weights,
+)
+from fused_smoothl1.layout import broadcast_strides, collapse
+
+# Elements in a block: its scratch and its part of each operand stay in the cache of a core or two.
+BLOCK = 1 << 17
+
+
+def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+    """Return the loss and the needed gradients for an upstream gradient of 1."""
+    divisor = problem.divisor
+    if isinstance(divisor, Tensor):
+        factor: Tensor | float = divisor.to(problem.compute_dtype).reciprocal()
+    else:
+        factor = 1.0 / divisor
+    gradients = full_size_gradients(problem, needs)
+    if not problem.reduce:
+        loss = torch.empty_like(problem.input, dtype=problem.loss_dtype)
+        _evaluate(problem, factor, gradients, loss, want_sum=False)
+        return loss, gradients
+    sums = _evaluate(problem, factor, gradients, None, want_sum=True)
+    if not sums:
+        # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
+        return problem.input.new_zeros((), dtype=problem.loss_dtype), gradients
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return total if _is_one(divisor) else total.div_(divisor), gradients
+
+
+def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+    """Return the needed gradients for any upstream gradient."""
+    divisor = problem.divisor
+    factor = upstream.to(problem.compute_dtype)
+    if isinstance(divisor, Tensor):
+        factor = factor * divisor.to(problem.compute_dtype).reciprocal()
+    elif divisor != 1:
+        factor = factor * (1.0 / divisor)
+    gradients = full_size_gradients(problem, needs)
+    _evaluate(problem, factor, gradients, None, want_sum=False)
+    return sum_to_weights(problem, gradients)
+
+
+def rescale(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+    """Multiply what `forward` returned by the upstream gradient, in place."""
+    # Only the CPU can look at a value without waiting for a device.
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return gradients
+    if has_masks(problem):
+        # A product would make NaN of what is not selected if the upstream gradient is not finite.
+        return backward(problem, upstream, needs)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(upstream)
+    return gradients
+
+
+def composition(problem: Problem) -> Tensor:
+    """Return the loss as a differentiable composition of PyTorch's own operations."""
+    dtype = problem.compute_dtype
+    difference = problem.input.to(dtype) - problem.target.to(dtype)
+    weights: list[Tensor | float] = []
+    selected: Tensor | None = None
+    for weight in (problem.inside, problem.outside):
+        if isinstance(weight, Tensor) and is_mask(weight):
+            chosen = weight != 0
+            selected = chosen if selected is None else selected & chosen
+            weights.append(1.0)
+        else:
+            weights.append(weight.to(dtype) if isinstance(weight, Tensor) else weight)
+    if selected is not None:
+        # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
+        difference = torch.where(selected, difference, 0)
+        weights = [torch.where(selected, w, 0) if isinstance(w, Tensor) else w for w in weights]
+    inside, outside = weights
+    x = difference if _is_one(inside) else inside * difference
+    if problem.beta > 0:
+        loss = F.smooth_l1_loss(
+            x, x.new_zeros(()).expand_as(x), reduction="none", beta=problem.beta
+        )
+    else:
+        loss = _sign(x.detach()) * x
+    loss = loss if _is_one(outside) else outside * loss
+    if selected is not None and not isinstance(outside, Tensor):
+        loss = torch.where(selected, loss, 0)
+    if problem.reduce:
+        loss = loss.sum()
+        loss = loss / problem.divisor if problem.input.numel() else loss
+    return loss.to(problem.loss_dtype)
+
+
+def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+    """Return the needed gradients connected to the graph of the operands and of `upstream`."""
+    # Aliases, because an operand may be another one too, or have been computed from it.
+    aliases: list[Any] = [v.view_as(v) if isinstance(v, Tensor) else v for v in problem[:4]]
+    loss = composition(Problem._make([*aliases, *problem[4:]]))
+    wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True))
+    grad_input, grad_target, grad_inside, grad_outside = (
+        next(found) if needed else None for needed in needs
+    )
+    return grad_input, grad_target, grad_inside, grad_outside
+
+
+def _is_one(weights: Tensor | float) -> bool:
+    return not isinstance(weights, Tensor) and weights == 1
+
+
+def _sign(x: Tensor) -> Tensor:
+    """Return the sign, which is NaN for NaN (torch.sign makes it 0)."""
+    return torch.where(x.isnan(), x, x.sign())
+
+
+class _Block(NamedTuple):
+    """What one block of elements is computed from, and where its results go (None: not wanted)."""
+
+    input: Tensor
+    target: Tensor
+    inside: Tensor | float
+    outside: Tensor | float
+    factor: Tensor | float
+    loss: Tensor | None
+    grad_input: Tensor | None
+    grad_target: Tensor | None
+    grad_inside: Tensor | None
+    grad_outside: Tensor | None
+
+
+def _evaluate(
+    problem: Problem,
+    factor: Tensor | float,
+    gradients: Gradients,
+    loss: Tensor | None,
+    want_sum: bool,
+) -> list[Tensor]:
+    """Write the elementwise loss, and the gradients for a gradient `factor` of each element's loss.
+
+    Returns the sums of the loss over each block, none if they are not wanted.
+    """
+    whole = _Block(*problem[:4], factor, loss, *gradients)
+    inverse_beta = problem.inverse_beta
+    sums: list[Tensor] = []
+    scratch: Tensor | None = None
+    for block in _blocks(whole):
+        numel = block.input.numel()
+        if scratch is None:  # The first block is the largest.
+            scratch = problem.input.new_empty(3 * numel, dtype=problem.compute_dtype)
+        tensors = scratch[: 3 * numel].view(3, *block.input.shape)
+        block_sum = _evaluate_block(block, problem.beta, inverse_beta, tensors, want_sum)
+        if block_sum is not None:
+            sums.append(block_sum)
+    return sums
+
+
+def _evaluate_block(
+    block: _Block, beta: float, inverse_beta: float, scratch: Tensor, want_sum: bool
+) -> Tensor | None:
+    """Evaluate one block; `scratch` are three tensors of its shape and of the compute dtype."""
+    x, slope, clamped = scratch
+    inside = 1.0 if is_mask(block.inside) else block.inside
+    outside = 1.0 if is_mask(block.outside) else block.outside
+    excluded = _excluded(block)
+
+    _subtract(block.input, block.target, out=x)
+    if not _is_one(inside):
+        x.mul_(inside)
+
+    # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
+    torch.mul(x, inverse_beta, out=slope).clamp_(-1, 1)
+    if inverse_beta == math.inf:
+        slope.masked_fill_(x == 0, 0)  # 0 times inf.
+    block_sum: Tensor | None = None
+    if want_sum or block.loss is not None or block.grad_outside is not None:
+        loss = x.sub_(torch.clamp(x, -beta, beta, out=clamped), alpha=0.5).mul_(slope)
+        if block.grad_outside is not None:
+            _write(block.grad_outside, torch.mul(loss, block.factor), excluded)
+        if not _is_one(outside):
+            loss.mul_(outside)
+        if excluded is not None:
+            loss.masked_fill_(excluded, 0)
+        if block.loss is not None:
+            block.loss.copy_(loss)
+        if want_sum:
+            block_sum = loss.sum()
+
+    if all(g is None for g in (block.grad_input, block.grad_target, block.grad_inside)):
+        return block_sum
+    grad_x = slope if _is_one(outside) else slope.mul_(outside)
+    if not _is_one(block.factor):
+        grad_x.mul_(block.factor)
+    if block.grad_inside is not None:
+        difference = _subtract(block.input, block.target, out=x)
+        _write(block.grad_inside, difference.mul_(grad_x), excluded)
+    gradient = grad_x if _is_one(inside) else grad_x.mul_(inside)
+    if block.grad_input is not None:
+        _write(block.grad_input, gradient, excluded)
+    if block.grad_target is not None:
+        _write(block.grad_target, gradient.neg_(), excluded)
+    return block_sum
+
+
+def _subtract(input: Tensor, target: Tensor, out: Tensor) -> Tensor:
+    if input.dtype == target.dtype == out.dtype:
+        return torch.sub(input, target, out=out)
+    # With `out` alone, the difference would be rounded to the operands' dtype first.
+    return out.copy_(input).sub_(target)
+
+
+def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
+    gradient.copy_(values)
+    if excluded is not None:
+        gradient.masked_fill_(excluded, 0)
+
+
+def _excluded(block: _Block) -> Tensor | None:
+    """Return where elements are not selected, in the masks' own common shape; None: nowhere."""
+    masks = [w for w in (block.inside, block.outside) if isinstance(w, Tensor) and is_mask(w)]
+    if not masks:
+        return None
+    excluded = masks[0] == 0
+    return excluded if len(masks) == 1 else excluded | (masks[1] == 0)
+
+
+def _blocks(whole: _Block) -> Iterator[_Block]:
+    """Split into blocks of at most `BLOCK` elements, all of them views, whatever the strides."""
+    shape = whole.input.shape
+    if whole.input.numel() <= BLOCK:
+        if whole.input.numel():
+            yield whole
+        return
+    # The order of the results, if there are any, because they are written.
+    order = next((t for t in whole[5:] if isinstance(t, Tensor)), whole.input)
+    strides = [
+        broadcast_strides(t.shape, t.stride(), shape) for t in whole if isinstance(t, Tensor)
+    ]
+    sizes, collapsed = collapse(tuple(shape), (order.stride(), *strides))
+    rest = iter(collapsed[1:])
+    views = [
+        t.as_strided(sizes, next(rest), t.storage_offset()) if isinstance(t, Tensor) else t
+        for t in whole
+    ]
+    # The dimensions outside of `split` are walked one by one, and `split` itself in runs.
+    split, inner = 0, prod(sizes[1:])
+    while inner >= BLOCK:
+        split += 1
+        inner //= sizes[split]
+    run = BLOCK // inner
+    for outer in product(*(range(size) for size in sizes[:split])):
+        for start in range(0, sizes[split], run):
+            # As _Block, but a type checker cannot follow fields through a generator.
+            fields: Any = (
+                view[outer].narrow(0, start, min(run, sizes[split] - start))
+                if isinstance(view, Tensor)
+                else view
+                for view in views
+            )
+            yield _Block(*fields)

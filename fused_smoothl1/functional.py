@@ -1,0 +1,298 @@
+"""The function: its signature and documentation, the checks of its arguments, and the dispatch."""
+
+import math
+import os
+import warnings
+from functools import cache, reduce
+from importlib.util import find_spec
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fused_smoothl1 import eager
+from fused_smoothl1.autograd import SmoothL1
+from fused_smoothl1.contract import MASK_DTYPES, NOTHING, Backend, Problem
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+BACKENDS = ("auto", "eager", "triton")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
+WEIGHT_DTYPES = FLOAT_DTYPES + INTEGER_DTYPES + MASK_DTYPES
+# The device types for which Triton generates code ("cuda" is also ROCm's name in PyTorch).
+TRITON_DEVICES = ("cuda", "xpu")
+# The oldest NVIDIA architecture that Triton supports.
+MINIMUM_CAPABILITY = (7, 5)
+
+Weights = Tensor | float | None
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    inside_weights: Weights = None,
+    outside_weights: Weights = None,
+    *,
+    sigma: float | None = None,
+    beta: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Weighted Smooth L1 loss, the box regression of Faster R-CNN, in one pass over the operands.
+
+    .. math::
+
+        x &= \text{inside} \cdot (\text{input} - \text{target}) \\
+        f(x) &= \begin{cases}
+            0.5\, x^2 / \beta & \text{if } |x| < \beta \\
+            |x| - 0.5\, \beta & \text{otherwise}
+        \end{cases} \\
+        \text{loss} &= \text{outside} \cdot f(x)\text{, then reduced}
+
+    with :math:`\beta = 1 / \sigma^2`. Where ``beta`` tends to 0 this is the L1 loss; ``beta`` times
+    this loss is the Huber loss with ``delta = beta``.
+
+    On a GPU one Triton kernel computes the loss and the gradient together, in the forward pass;
+    nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
+    PyTorch gives the same result.
+
+    Args:
+        input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
+        target: the regression targets: the input's shape, on its device; any of these dtypes.
+        inside_weights: multiply the difference before the loss. A number, or a tensor of any real
+            dtype that broadcasts to the input's shape. Floats follow IEEE rules: 0 times NaN is
+            NaN. ``bool`` and ``uint8`` tensors are masks instead: nonzero selects, and what is not
+            selected has exactly 0 loss and 0 gradient, whatever stands there, NaN and inf included.
+        outside_weights: multiply the loss; otherwise like ``inside_weights``. An element takes part
+            if every mask given selects it.
+        sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
+        beta: in [0, inf): where the quadratic part ends, in the unit of the weighted difference.
+            0 is L1, with gradient 0 at 0. With neither ``sigma`` nor ``beta``, 1. Neither is part
+            of a compiled kernel: a new value costs nothing.
+        reduction: ``"none"``: the loss of every element. ``"sum"``. ``"mean"``: the sum divided by
+            the number of elements, selected or not. ``"batchmean"``: the sum divided by
+            ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in PyTorch).
+        normalizer: with ``"sum"`` only: what the sum is divided by. A number above 0, or a tensor
+            without dimensions, on the input's device, which the host never reads: the number of
+            positives, all-reduced over the ranks if you like. It gets no gradient.
+
+    Returns:
+        The loss. Reduced, it has no dimensions and is float32, or float64 if any operand is.
+        With ``"none"`` it has the input's shape and memory format, and the dtype to which the float
+        operands promote. An empty input gives 0, connected to the graph, for every reduction.
+
+    Gradients:
+        For each of input, target, inside and outside weights that requires one, in its own dtype
+        and shape, of any order. Arithmetic and sums are in float32 (float64 if any operand is
+        float64), and float16 gradients are rounded once, after the upstream gradient has been
+        multiplied in, so that a gradient scaler works as it should. Modifying an operand in place
+        between forward and backward raises, as everywhere in PyTorch.
+
+    Raises:
+        TypeError: if input or target is no tensor or has another dtype; if weights, ``sigma``,
+            ``beta`` or ``normalizer`` are neither a real number nor a tensor where one is allowed.
+        ValueError: if shapes, devices or values do not fit, ``reduction`` is unknown, or both
+            ``sigma`` and ``beta``, or ``normalizer`` without ``"sum"``, are given.
+        RuntimeError: if ``FUSED_SMOOTHL1_BACKEND=triton`` asks for what cannot be had.
+
+    The environment variable ``FUSED_SMOOTHL1_BACKEND`` is for debugging: ``auto`` (the default) as
+    described, ``eager`` never the kernel, ``triton`` never anything else; on CPU tensors the latter
+    needs ``TRITON_INTERPRET=1``.
+
+    Source: Girshick, "Fast R-CNN" (2015), and the layer ``smooth_L1_loss_layer.cu`` of
+    py-faster-rcnn's Caffe, which added sigma and both weights.
+
+    Example:
+        >>> pred = torch.randn(128, 4, requires_grad=True)
+        >>> is_foreground = torch.rand(128, 1) < 0.25
+        >>> loss = smooth_l1_loss(
+        ...     pred, torch.randn(128, 4), is_foreground, sigma=3.0,
+        ...     reduction="sum", normalizer=is_foreground.sum().clamp(min=1),
+        ... )
+        >>> loss.backward()
+    """
+    _check_tensor("input", input, FLOAT_DTYPES)
+    _check_tensor("target", target, FLOAT_DTYPES)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target must have input's shape, got target of shape {tuple(target.shape)} "
+            f"and input of shape {tuple(input.shape)}"
+        )
+    _check_device("target", target, input)
+    inside = _checked_weights("inside_weights", inside_weights, input)
+    outside = _checked_weights("outside_weights", outside_weights, input)
+    operands = (input, target, inside, outside)
+    dtype = _promoted_dtype(operands)
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    reduced = reduction != "none"
+    problem = Problem(
+        *operands,
+        divisor=_checked_divisor(reduction, normalizer, input),
+        # float32 has no number for a larger one, and no difference either.
+        beta=min(_checked_beta(sigma, beta), torch.finfo(compute_dtype).max),
+        reduce=reduced,
+        compute_dtype=compute_dtype,
+        loss_dtype=compute_dtype if reduced else dtype,
+    )
+    backend = _backend_for(input)
+    if torch.is_grad_enabled() and any(
+        isinstance(operand, Tensor) and operand.requires_grad for operand in operands
+    ):
+        return cast(Tensor, SmoothL1.apply(*operands, problem, backend))  # type: ignore[no-untyped-call]
+    return backend.forward(problem, NOTHING)[0]
+
+
+def check_options(sigma: float | None, beta: float | None, reduction: str) -> None:
+    """Raise what `smooth_l1_loss` would raise for these options."""
+    _checked_beta(sigma, beta)
+    _check_reduction(reduction)
+
+
+def _backend_for(input: Tensor) -> Backend:
+    """Choose the backend. This is the only place that does."""
+    choice = os.environ.get("FUSED_SMOOTHL1_BACKEND", "auto")
+    if choice not in BACKENDS:
+        raise ValueError(
+            f"FUSED_SMOOTHL1_BACKEND must be one of {', '.join(BACKENDS)}, got {choice!r}"
+        )
+    device = input.device
+    if choice == "eager" or (choice == "auto" and device.type not in TRITON_DEVICES):
+        return eager
+    if input.numel() == 0:
+        return eager  # There is nothing to launch a kernel for.
+    backend, obstacle = _triton_backend(device)
+    if backend is not None:
+        return backend
+    if choice == "triton":
+        raise RuntimeError(f"FUSED_SMOOTHL1_BACKEND=triton, but {obstacle}")
+    _warn_once(f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}")
+    return eager
+
+
+@cache
+def _triton_backend(device: torch.device) -> tuple[Backend | None, str]:
+    """Return the kernel's backend, or None and the reason why it cannot serve this device."""
+    if find_spec("triton") is None:
+        return None, "Triton is not installed: pip install triton"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return None, f"Triton needs compute capability 7.5, and {device} has {capability}"
+    # Imported here because it imports Triton, which importing this package must not need.
+    from fused_smoothl1 import launch
+
+    if device.type not in TRITON_DEVICES and not launch.INTERPRETED:
+        return None, (
+            f"no kernel can be compiled for a tensor on {device}: set TRITON_INTERPRET=1 before "
+            "Triton is first imported to run the kernel in Triton's interpreter"
+        )
+    return launch, ""
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {value.dtype}")
+
+
+def _check_device(name: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        raise ValueError(
+            f"{name} must be on input's device, got {name} on {value.device} "
+            f"and input on {input.device}"
+        )
+
+
+def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
+    if weights is None:
+        return 1.0
+    if isinstance(weights, bool):
+        # A mask as well, of all elements or of none.
+        return torch.full((), weights, device=input.device)
+    if isinstance(weights, Real):
+        return float(weights)
+    if not isinstance(weights, Tensor):
+        raise TypeError(
+            f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}"
+        )
+    _check_tensor(name, weights, WEIGHT_DTYPES)
+    _check_device(name, weights, input)
+    shape, full = weights.shape, input.shape
+    if shape != full and (
+        len(shape) > len(full)
+        or any(n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))
+    ):
+        raise ValueError(
+            f"{name} must broadcast to input's shape {tuple(full)}, got shape {tuple(shape)}"
+        )
+    return weights
+
+
+def _checked_beta(sigma: float | None, beta: float | None) -> float:
+    if sigma is not None and beta is not None:
+        raise ValueError(
+            f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}"
+        )
+    if sigma is not None:
+        if not _number("sigma", sigma) > 0:
+            raise ValueError(f"sigma must be in (0, inf], got {sigma}")
+        return 1.0 / sigma / sigma
+    if beta is not None:
+        if not 0 <= _number("beta", beta) < math.inf:
+            raise ValueError(f"beta must be in [0, inf), got {beta}")
+        return float(beta)
+    return 1.0
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    return float(value)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor | float:
+    _check_reduction(reduction)
+    if normalizer is None:
+        if reduction == "mean":
+            return float(max(input.numel(), 1))
+        if reduction == "batchmean" and input.dim() > 0:
+            return float(max(input.shape[0], 1))
+        return 1.0
+    if reduction != "sum":
+        raise ValueError(
+            f'normalizer is allowed only with reduction="sum", got reduction={reduction!r}'
+        )
+    if not isinstance(normalizer, Tensor):
+        if not 0 < _number("normalizer", normalizer) < math.inf:
+            raise ValueError(f"normalizer must be a finite number above 0, got {normalizer}")
+        return float(normalizer)
+    if normalizer.dim() != 0:
+        raise ValueError(
+            "normalizer must be a number or a tensor without dimensions, "
+            f"got shape {tuple(normalizer.shape)}"
+        )
+    _check_tensor("normalizer", normalizer, WEIGHT_DTYPES)
+    if normalizer.requires_grad:
+        raise ValueError(
+            "normalizer gets no gradient, got one that requires grad: pass normalizer.detach()"
+        )
+    _check_device("normalizer", normalizer, input)
+    return normalizer
+
+
+def _promoted_dtype(operands: tuple[Tensor | float, ...]) -> torch.dtype:
+    dtypes = [v.dtype for v in operands if isinstance(v, Tensor) and v.dtype in FLOAT_DTYPES]
+    return reduce(torch.promote_types, dtypes)

@@ -1,0 +1,321 @@
+"""The GPU kernels, and nothing else.
+
+One kernel computes everything this library ever needs of the loss; compile-time switches say what
+is wanted. It works on tiles of `[BLOCK // LANES, LANES]` elements. A row of a tile is a *group*:
+`LANES` neighbours that one thread moves with one wide access, and that share their broadcast
+weight wherever the innermost dimension allows it.
+
+How the last program finishes the reduction
+-------------------------------------------
+Every program stores its partial sum and then takes a ticket. The ticket is an acquire-release
+atomic at GPU scope, so whoever draws the last one sees all partials: each partial is stored before
+its program's release, and the last draw acquires all of them, because read-modify-writes of one
+location continue each other's release sequence. Two details make that true of the machine code
+too. The partial is a scalar, which one thread stores, and the barrier after it orders that store
+before the atomic, whichever thread executes it. The partials are read past the first-level cache,
+which is not coherent between multiprocessors. The last program adds the partials in the order of
+the programs, not of their arrival: the same bits at every run. It leaves the ticket at zero for
+the next launch on the stream.
+"""
+
+import triton
+import triton.language as tl
+
+# How many partial sums the last program adds at a time.
+PARTIALS = tl.constexpr(1024)
+
+
+@triton.jit
+def _clamp(x, bound):
+    """Clamp to [-bound, bound]; NaN stays NaN."""
+    if x.dtype == tl.float64:  # For which some GPUs have no such instruction.
+        return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+    else:
+        return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _blocks(numel, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Return the first block of this program and the end of its blocks.
+
+    Whole blocks need no bounds, which keeps their accesses wide for every size. What is left at the
+    end (TAIL) is done with bounds, by the program whose turn it is.
+    """
+    program = tl.program_id(0)
+    whole = numel // BLOCK
+    if TAIL:
+        is_its_turn = program == whole % tl.num_programs(0)
+        return whole, tl.where(is_its_turn, tl.cdiv(numel, BLOCK), whole)
+    else:
+        return program, whole
+
+
+@triton.jit
+def _offset(index, sizes, strides):
+    """Return where the elements of these row-major indices lie, in elements."""
+    RANK: tl.constexpr = len(sizes)
+    rest = index
+    offset = index * 0
+    for reverse in tl.static_range(RANK - 1):
+        size = sizes[RANK - 1 - reverse]
+        offset += (rest % size) * strides[RANK - 1 - reverse]
+        rest = rest // size
+    return offset + rest * strides[0]
+
+
+@triton.jit
+def _load(ptr, ACCESS: tl.constexpr, strides, sizes, group, lane, mask, ALIGNED: tl.constexpr):
+    """Load one operand's tile, or the smaller tile that broadcasts to it.
+
+    ptr:     the operand's first element
+    ACCESS:  "scalar" one element for all; "flat" dense in the order of iteration; "row" one element
+             a group; "vector" groups contiguous and aligned; "strided" anything else
+    strides: one a collapsed dimension, in elements; None for "scalar" and "flat"
+    sizes:   the collapsed dimensions; None where no operand needs them
+    group:   [GROUPS, 1] index of each group's first element
+    lane:    [1, LANES] position in the group
+    mask:    [GROUPS, 1] or [GROUPS, LANES] which elements to load; the others are 0
+    ALIGNED: no group crosses the end of the innermost dimension
+    """
+    if ACCESS == "scalar":
+        return tl.load(ptr)
+    elif ACCESS == "flat":
+        return tl.load(ptr + (group + lane), mask=mask, other=0)
+    elif ACCESS == "row":
+        offset = _offset(group, sizes, strides)
+        any_lane = tl.max(mask.to(tl.int32), 1, keep_dims=True) != 0
+        return tl.load(ptr + offset, mask=any_lane, other=0)
+    else:
+        LANES: tl.constexpr = lane.shape[1]
+        if ALIGNED:
+            offset = _offset(group, sizes, strides) + lane * strides[len(sizes) - 1]
+        else:
+            offset = _offset(group + lane, sizes, strides)
+        if ACCESS == "vector":
+            offset = tl.max_contiguous(tl.multiple_of(offset, (1, LANES)), (1, LANES))
+        return tl.load(ptr + offset, mask=mask, other=0)
+
+
+@triton.jit
+def _store(pointers, values, mask):
+    """Store values, rounded once to float32 on the way from float64 to 16 bits, as PyTorch does."""
+    if values.dtype == tl.float64 and pointers.dtype.element_ty.primitive_bitwidth == 16:
+        values = values.to(tl.float32)
+    tl.store(pointers, values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def smooth_l1_kernel(
+    input_ptr,
+    target_ptr,
+    inside_ptr,
+    outside_ptr,
+    upstream_ptr,
+    normalizer_ptr,
+    loss_ptr,
+    grad_input_ptr,
+    grad_target_ptr,
+    grad_inside_ptr,
+    grad_outside_ptr,
+    partials_ptr,
+    ticket_ptr,
+    sizes,
+    input_strides,
+    target_strides,
+    inside_strides,
+    outside_strides,
+    upstream_strides,
+    numel,
+    beta: tl.float64,
+    inverse_beta: tl.float64,
+    inverse_divisor: tl.float64,
+    inside_number: tl.float64,
+    outside_number: tl.float64,
+    INPUT: tl.constexpr,
+    TARGET: tl.constexpr,
+    INSIDE: tl.constexpr,
+    OUTSIDE: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    INSIDE_IS_MASK: tl.constexpr,
+    OUTSIDE_IS_MASK: tl.constexpr,
+    REDUCE: tl.constexpr,
+    UNLESS_ONE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loss and gradients of weighted Smooth L1 in one pass over the operands.
+
+    Elements are numbered in the order in which the outputs lie in memory. What is None is absent,
+    and the code for it is not compiled.
+
+    input_ptr, target_ptr:  any float dtype, of the input's shape through their strides
+    inside_ptr, outside_ptr: any real dtype, broadcast through strides of 0; None: the number counts
+    upstream_ptr:           gradient of the loss, broadcast likewise; None: 1
+    normalizer_ptr:         any real dtype, one element, divides; None: `inverse_divisor` counts
+    loss_ptr:               REDUCE: one element; otherwise [numel]; None: not wanted
+    grad_input_ptr, grad_target_ptr, grad_inside_ptr, grad_outside_ptr:
+                            [numel] each, any float dtype; None: not wanted
+    partials_ptr:           float64 [programs], workspace; None: one program only
+    ticket_ptr:             int32, one element, 0 before and after; None: one program only
+    sizes:                  collapsed dimensions, outermost first; None: no operand needs them
+    *_strides:              of the operand of that name, in elements, one a size; None: not needed
+    numel:                  elements of the input
+    beta, inverse_beta:     where the quadratic part ends, in [0, inf), and 1 / beta
+    inverse_divisor:        what the sum is multiplied by
+    inside_number, outside_number: the weights where their pointers are None
+    INPUT, TARGET, INSIDE, OUTSIDE, UPSTREAM: how each is accessed (see `_load`); None: absent
+    INSIDE_IS_MASK, OUTSIDE_IS_MASK: the weight selects (nonzero) instead of multiplying
+    REDUCE:                 the loss is the sum over all elements
+    UNLESS_ONE:             write nothing if the upstream gradient is 1
+    COMPUTE:                float32 or float64, the dtype of all arithmetic
+    INDEX:                  int32, or int64 where an offset needs it
+    ALIGNED:                no group of lanes crosses the end of the innermost dimension
+    LANES:                  elements in a group, a power of two
+    BLOCK:                  elements in a tile, a power of two
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    beta = tl.full((), beta, COMPUTE)
+    inverse_beta = tl.full((), inverse_beta, COMPUTE)
+    one = tl.full((), 1, COMPUTE)
+    share = tl.full((), inverse_divisor, tl.float64)
+    if normalizer_ptr is not None:
+        share = 1 / tl.load(normalizer_ptr).to(tl.float64)
+    upstream = one
+    if UPSTREAM == "scalar":
+        upstream = tl.load(upstream_ptr).to(COMPUTE)
+    if UNLESS_ONE:
+        numel = tl.where(upstream == 1, 0, numel)
+    scale = upstream * share.to(COMPUTE)
+
+    lane = tl.arange(0, LANES)[None, :]
+    first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
+    total = tl.zeros([BLOCK // LANES, LANES], COMPUTE)
+
+    for TAIL in tl.static_range(2):
+        start, stop = _blocks(numel, BLOCK, TAIL)
+        for block in range(start, stop, programs):
+            group = tl.cast(block, INDEX) * BLOCK + first
+            everywhere = tl.full([BLOCK // LANES, 1], True, tl.int1)
+            within = group + lane < numel if TAIL else everywhere
+            selected = within
+            inside = tl.full((), inside_number, COMPUTE)
+            outside = tl.full((), outside_number, COMPUTE)
+            if INSIDE is not None:
+                inside = _load(
+                    inside_ptr, INSIDE, inside_strides, sizes, group, lane, within, ALIGNED
+                )
+                if INSIDE_IS_MASK:
+                    selected = selected & (inside != 0)
+                    inside = one
+                else:
+                    inside = inside.to(COMPUTE)
+            if OUTSIDE is not None:
+                outside = _load(
+                    outside_ptr, OUTSIDE, outside_strides, sizes, group, lane, within, ALIGNED
+                )
+                if OUTSIDE_IS_MASK:
+                    selected = selected & (outside != 0)
+                    outside = one
+                else:
+                    outside = outside.to(COMPUTE)
+
+            # A group is loaded if any of it is selected: a mask of single elements would split
+            # the wide accesses.
+            wanted = within
+            if INSIDE_IS_MASK or OUTSIDE_IS_MASK:
+                wanted = within & (tl.max(selected.to(tl.int32), 1, keep_dims=True) != 0)
+
+            input = _load(input_ptr, INPUT, input_strides, sizes, group, lane, wanted, ALIGNED)
+            target = _load(target_ptr, TARGET, target_strides, sizes, group, lane, wanted, ALIGNED)
+            difference = input.to(COMPUTE) - target.to(COMPUTE)
+            x = inside * difference
+
+            # The formula. At 0 with beta 0 the product would be 0 times inf.
+            slope = tl.where(x == 0, 0.0, _clamp(x * inverse_beta, one))
+            loss = slope * (x - 0.5 * _clamp(x, beta))
+
+            factor = scale
+            if UPSTREAM is not None and UPSTREAM != "scalar":
+                factor = _load(
+                    upstream_ptr, UPSTREAM, upstream_strides, sizes, group, lane, wanted, ALIGNED
+                ).to(COMPUTE)
+            grad_x = slope * outside * factor
+
+            index = group + lane
+            if grad_input_ptr is not None:
+                gradient = tl.where(selected, grad_x * inside, 0.0)
+                _store(grad_input_ptr + index, gradient, within)
+            if grad_target_ptr is not None:
+                gradient = tl.where(selected, -(grad_x * inside), 0.0)
+                _store(grad_target_ptr + index, gradient, within)
+            if grad_inside_ptr is not None:
+                gradient = tl.where(selected, grad_x * difference, 0.0)
+                _store(grad_inside_ptr + index, gradient, within)
+            if grad_outside_ptr is not None:
+                gradient = tl.where(selected, factor * loss, 0.0)
+                _store(grad_outside_ptr + index, gradient, within)
+            if loss_ptr is not None:
+                weighted = tl.where(selected, outside * loss, 0.0)
+                if REDUCE:
+                    total += weighted
+                else:
+                    _store(loss_ptr + index, weighted, within)
+
+    if REDUCE:
+        partial = tl.sum(tl.sum(total, 1), 0).to(tl.float64)
+        if ticket_ptr is None:
+            tl.store(loss_ptr, partial * share)
+        else:
+            tl.store(partials_ptr + program, partial)
+            tl.debug_barrier()
+            ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+            if ticket == programs - 1:
+                position = tl.arange(0, PARTIALS)
+                sums = tl.zeros([PARTIALS], tl.float64)
+                for start in range(0, programs, PARTIALS):
+                    sums += tl.load(
+                        partials_ptr + start + position,
+                        mask=start + position < programs,
+                        other=0,
+                        cache_modifier=".cg",
+                    )
+                tl.store(loss_ptr, tl.sum(sums, 0) * share)
+                tl.store(ticket_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def rescale_kernel(
+    grad_input_ptr,
+    grad_target_ptr,
+    upstream_ptr,
+    numel,
+    COMPUTE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiply gradients in place by the upstream gradient; touch nothing if that is 1.
+
+    grad_input_ptr, grad_target_ptr: [numel] each, any float dtype; None: absent
+    upstream_ptr: float32 or float64, one element
+    numel:        elements of each gradient
+    COMPUTE:      float32 or float64, the dtype of the product
+    INDEX:        int32, or int64 where an offset needs it
+    BLOCK:        elements in a tile, a power of two
+    """
+    factor = tl.load(upstream_ptr).to(COMPUTE)
+    numel = tl.where(factor == 1, 0, numel)
+    for TAIL in tl.static_range(2):
+        start, stop = _blocks(numel, BLOCK, TAIL)
+        for block in range(start, stop, tl.num_programs(0)):
+            index = tl.cast(block, INDEX) * BLOCK + tl.arange(0, BLOCK)
+            within = index < numel if TAIL else tl.full([BLOCK], True, tl.int1)
+            if grad_input_ptr is not None:
+                gradient = tl.load(grad_input_ptr + index, mask=within)
+                _store(grad_input_ptr + index, gradient.to(COMPUTE) * factor, within)
+            if grad_target_ptr is not None:
+                gradient = tl.load(grad_target_ptr + index, mask=within)
+                _store(grad_target_ptr + index, gradient.to(COMPUTE) * factor, within)

@@ -1,0 +1,282 @@
+"""The backend on Triton: strides, grid, workspace, the launch."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_smoothl1.contract import (
+    Gradients,
+    Needs,
+    Problem,
+    full_size_gradients,
+    has_masks,
+    is_mask,
+    sum_to_weights,
+)
+from fused_smoothl1.kernel import rescale_kernel, smooth_l1_kernel
+from fused_smoothl1.layout import (
+    Ints,
+    broadcast_strides,
+    collapse,
+    contiguous_strides,
+    extent,
+)
+
+INTERPRETED = not isinstance(smooth_l1_kernel, triton.JITFunction)
+
+# Bytes of the widest access of a thread.
+WIDEST_ACCESS = 16
+# Bytes of each operand in a tile: two wide accesses for each of the threads below.
+TILE_BYTES = 4096
+WARPS = 4
+# A program loops over tiles, so that no more partial sums are to be added than fill the GPU once.
+PROGRAMS_PER_MULTIPROCESSOR = 8
+# Below this size a multiplication costs less host time than a kernel that can skip it.
+MULTIPLY_BELOW = 1 << 20
+INT32_MAX = 2**31 - 1
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Access(NamedTuple):
+    """How the kernel reaches one operand (see `kernel._load`)."""
+
+    kind: str | None
+    strides: Ints | None
+
+
+class Plan(NamedTuple):
+    """How the kernel walks through its operands."""
+
+    sizes: Ints | None
+    accesses: tuple[Access, ...]
+    aligned: bool
+    lanes: int
+    block: int
+    is_long: bool
+
+
+def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+    """Return the loss and the needed gradients for an upstream gradient of 1, in one launch."""
+    input = problem.input
+    gradients = full_size_gradients(problem, needs)
+    if problem.reduce:
+        loss = input.new_empty((), dtype=problem.loss_dtype)
+    else:
+        loss = torch.empty_like(input, dtype=problem.loss_dtype)
+    _launch(problem, None, loss, gradients)
+    return loss, gradients
+
+
+def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+    """Return the needed gradients for any upstream gradient, in one launch."""
+    gradients = full_size_gradients(problem, needs)
+    _launch(problem, upstream, None, gradients)
+    return sum_to_weights(problem, gradients)
+
+
+def rescale(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+    """Multiply what `forward` returned by the upstream gradient, in place and in one launch.
+
+    With masks the gradients are computed anew: a product would make NaN of what is not selected if
+    the upstream gradient is not finite, and what is not selected need not be loaded.
+    """
+    if has_masks(problem):
+        _launch(problem, upstream, None, gradients, unless_one=True)
+        return gradients
+    present = [gradient for gradient in gradients if gradient is not None]
+    numel = problem.input.numel()
+    if len(present) == 1 and numel < MULTIPLY_BELOW:
+        present[0].mul_(upstream)
+        return gradients
+    block = TILE_BYTES // min(gradient.element_size() for gradient in present)
+    with _device_of(problem.input):
+        rescale_kernel[(_programs(problem.input.device, numel, block),)](
+            gradients[0],
+            gradients[1],
+            upstream,
+            numel,
+            TRITON_DTYPES[problem.compute_dtype],
+            tl.int64 if numel + block > INT32_MAX else tl.int32,
+            block,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    return gradients
+
+
+def _launch(
+    problem: Problem,
+    upstream: Tensor | None,
+    loss: Tensor | None,
+    gradients: Gradients,
+    unless_one: bool = False,
+) -> None:
+    input, target, inside, outside, divisor = problem[:5]
+    operands = (
+        input,
+        target,
+        inside if isinstance(inside, Tensor) else None,
+        outside if isinstance(outside, Tensor) else None,
+        upstream,
+    )
+    elementwise_loss = None if problem.reduce else loss
+    outputs = [t for t in (elementwise_loss, *gradients) if t is not None]
+    numel = input.numel()
+    plan = _plan(
+        tuple(input.shape),
+        outputs[0].stride() if outputs else input.stride(),
+        tuple(None if t is None else (tuple(t.shape), t.stride()) for t in operands),
+        min(t.element_size() for t in (input, target, *outputs)),
+        has_masks(problem),
+    )
+    programs = _programs(input.device, numel, plan.block)
+    reduces = problem.reduce and loss is not None
+    with _device_of(input):
+        partials, ticket = (
+            _workspace(input.device, programs) if reduces and programs > 1 else (None, None)
+        )
+        kinds = [access.kind for access in plan.accesses]
+        smooth_l1_kernel[(programs,)](
+            *operands,
+            divisor if isinstance(divisor, Tensor) else None,
+            loss,
+            *gradients,
+            partials,
+            ticket,
+            plan.sizes,
+            *(access.strides for access in plan.accesses),
+            numel,
+            problem.beta,
+            problem.inverse_beta,
+            1.0 / divisor if not isinstance(divisor, Tensor) else 1.0,
+            inside if not isinstance(inside, Tensor) else 1.0,
+            outside if not isinstance(outside, Tensor) else 1.0,
+            *kinds,
+            is_mask(inside),
+            is_mask(outside),
+            reduces,
+            unless_one,
+            TRITON_DTYPES[problem.compute_dtype],
+            tl.int64 if plan.is_long else tl.int32,
+            plan.aligned,
+            plan.lanes,
+            plan.block,
+            num_warps=WARPS,
+            # Without fused multiply-add every element has the bits that eager PyTorch gives it.
+            enable_fp_fusion=False,
+        )
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: Ints,
+    order: Ints,
+    operands: tuple[tuple[Ints, Ints] | None, ...],
+    itemsize: int,
+    has_masks: bool,
+) -> Plan:
+    """Plan the walk through operands of these (shape, strides) in the order of these strides.
+
+    `itemsize` is the smallest of the dense operands', in bytes: it decides how many elements a
+    wide access moves.
+    """
+    present = [operand for operand in operands if operand is not None]
+    expanded = [broadcast_strides(*operand, shape) for operand in present]
+    sizes, (dense, *collapsed) = collapse(shape, (order, *expanded))
+    dense = contiguous_strides(sizes)
+    walks = [strides for strides in collapsed if any(strides) and strides != dense]
+
+    lanes = WIDEST_ACCESS // itemsize
+    block = TILE_BYTES // itemsize
+    aligned = True
+    if walks:
+        fitting = lanes
+        while sizes[-1] % fitting:
+            fitting //= 2
+        # Half a wide access is better than an index for every element, a quarter is not.
+        aligned = fitting * 2 >= lanes
+        lanes = fitting if aligned else lanes
+
+    def access(strides: Ints) -> Access:
+        if not any(strides):
+            return Access("scalar", None)
+        if strides == dense:
+            return Access("flat", None)
+        if aligned and strides[-1] == 0:
+            return Access("row", strides)
+        if aligned and strides[-1] == 1 and not any(step % lanes for step in strides[:-1]):
+            return Access("vector", strides)
+        return Access("strided", strides)
+
+    found = iter(access(strides) for strides in collapsed)
+    absent = Access(None, None)
+    numel = contiguous_strides(sizes)[0] * sizes[0]
+    longest = max(extent(sizes, strides) for strides in (dense, *collapsed))
+    return Plan(
+        sizes=sizes if walks else None,
+        accesses=tuple(absent if operand is None else next(found) for operand in operands),
+        aligned=aligned,
+        lanes=lanes,
+        block=block,
+        is_long=max(longest, numel + block) > INT32_MAX,
+    )
+
+
+def _programs(device: torch.device, numel: int, block: int) -> int:
+    return min(-(-numel // block), _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1  # The interpreter runs one program at a time.
+    properties: Any = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return int(properties.max_compute_units)
+    return int(properties.multi_processor_count)
+
+
+_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+    """Return room for one partial sum a program, and a ticket at 0.
+
+    Launches on one stream follow each other and each leaves the ticket at 0, so they share both. A
+    graph may be replayed on any stream, so a captured launch gets its own, zeroed in the graph.
+    """
+    if device.type == "cpu":
+        stream, capturing = 0, False
+    else:
+        module = torch.get_device_module(device)
+        stream = module.current_stream(device).stream_id
+        is_capturing = getattr(module, "is_current_stream_capturing", None)
+        capturing = is_capturing is not None and is_capturing()
+    if capturing:
+        return _new_workspace(device, programs)
+    if (device, stream) not in _workspaces:
+        most = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
+        _workspaces[device, stream] = _new_workspace(device, most)
+    return _workspaces[device, stream]
+
+
+def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(programs, dtype=torch.float64, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's device the current one, to which Triton launches."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(tensor.device)
+    if module.current_device() == tensor.device.index:
+        return nullcontext()
+    return cast(AbstractContextManager[None], module.device(tensor.device))

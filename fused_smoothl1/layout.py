@@ -1,0 +1,63 @@
+"""How the elements of several tensors of one shape are numbered: order and collapse dimensions.
+
+Both backends walk their operands through this numbering, so that neither ever copies one.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+Ints = tuple[int, ...]
+
+
+def broadcast_strides(shape: Ints, strides: Ints, to: Ints) -> Ints:
+    """Return the strides of a tensor expanded to the shape `to`: 0 where it is broadcast."""
+    padded = (1,) * (len(to) - len(shape)) + shape
+    aligned = (0,) * (len(to) - len(shape)) + strides
+    return tuple(0 if size == 1 else stride for size, stride in zip(padded, aligned, strict=True))
+
+
+def contiguous_strides(sizes: Ints) -> Ints:
+    """Return the strides of a row-major tensor of these sizes."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+@lru_cache(maxsize=4096)
+def collapse(shape: Ints, strides: tuple[Ints, ...]) -> tuple[Ints, tuple[Ints, ...]]:
+    """Order dimensions as they lie in memory, and merge neighbours that all tensors allow to merge.
+
+    Args:
+        shape: the shape that all tensors have (after broadcasting), without a 0.
+        strides: one tuple a tensor, in elements. The first tensor decides the order.
+
+    Returns:
+        The collapsed sizes (at least one), outermost first, and each tensor's strides for them.
+    """
+    kept = [d for d, size in enumerate(shape) if size != 1]
+    kept.sort(key=lambda d: strides[0][d], reverse=True)
+    sizes: list[int] = []
+    collapsed: list[list[int]] = [[] for _ in strides]
+    for d in kept:
+        inner = [tensor[d] for tensor in strides]
+        if sizes and all(
+            outer[-1] == step * shape[d] for outer, step in zip(collapsed, inner, strict=True)
+        ):
+            sizes[-1] *= shape[d]
+            for outer, step in zip(collapsed, inner, strict=True):
+                outer[-1] = step
+        else:
+            sizes.append(shape[d])
+            for outer, step in zip(collapsed, inner, strict=True):
+                outer.append(step)
+    if not sizes:
+        return (1,), tuple((0,) for _ in strides)
+    return tuple(sizes), tuple(tuple(tensor) for tensor in collapsed)
+
+
+def extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many elements lie between a tensor's first and one past its last, inclusive."""
+    return 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
