@@ -1,0 +1,177 @@
+"""The one way of measuring: time, memory, launches, and the copy they are compared with."""
+
+import gc
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Action = Callable[[], object]
+
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
+COPY_SECONDS = 0.5
+SAMPLE_MS = 4.0  # aim for one sample: far above the clock's grain and the first launch's delay
+FEWEST_REPEATS, MOST_REPEATS = 8, 128  # on a GPU: its queue has to fill to show its pace
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of each buffer: many times any cache
+TRACED_LAUNCHES = ("kernel", "gpu_memset", "gpu_memcpy")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per step over the samples of all rounds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def measure(
+    actions: Mapping[str, Sequence[Action]],
+    device: torch.device,
+    seconds: float,
+    on_round: Callable[[float], None] = lambda share: None,
+) -> dict[str, Timing]:
+    """Time several actions, interleaved round by round so that noise hits all alike.
+
+    Each name comes with the same action on one or more sets of operands. A sample runs the action
+    back to back, so a GPU's figure is its pace in a running program: host time where launching is
+    the limit, device time where memory is. All samples walk one shared circle of operand sets:
+    what an action reads was last read a whole circle ago, longer than the L2 remembers. A warm-up
+    is not counted. There are as many rounds as fit into `seconds`, within limits; after each,
+    `on_round` hears the share done.
+    """
+    sets = len(next(iter(actions.values())))
+    turn = itertools.cycle(range(sets))
+    samplers = {name: _sampler(choices, turn, device) for name, choices in actions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in actions}
+    rounds = MOST_ROUNDS
+    done = 0
+    with _no_collector():
+        began = time.perf_counter()
+        while done < rounds:
+            for name, sample in samplers.items():
+                samples[name].append(sample())
+            done += 1
+            per_round = (time.perf_counter() - began) / done
+            rounds = int(np.clip(seconds / per_round, FEWEST_ROUNDS, MOST_ROUNDS))
+            on_round(min(done / rounds, 1.0))
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def copy_gbps(device: torch.device) -> float:
+    """Return the device's copy bandwidth in GB/s (1e9), counting bytes read and bytes written."""
+    size = COPY_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
+    sink = torch.zeros_like(source)
+    timing = measure({"copy": [lambda: sink.copy_(source)]}, device, COPY_SECONDS)["copy"]
+    return 2 * size / timing.median_ms / 1e6
+
+
+def peak_extra_bytes(action: Action, device: torch.device) -> int | None:
+    """Return the most bytes that were live at once beyond those before the step.
+
+    The gradient, which every provider must make, is part of it. None where it cannot be had.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The CPU allocator keeps no peak, but the profiler sees each allocation (+) and release (-).
+    events = _trace(action, [ProfilerActivity.CPU])
+    changes = [
+        (float(event["ts"]), int(event["args"]["Bytes"]))
+        for event in events
+        if event.get("name") == "[memory]"
+    ]
+    if not changes:
+        return None
+    live = np.cumsum([amount for _, amount in sorted(changes, key=lambda change: change[0])])
+    return max(int(live.max()), 0)
+
+
+def launches(action: Action, device: torch.device) -> int | None:
+    """Return how many kernels, fills and copies a step puts on the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    events = _trace(action, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    return sum(event.get("cat") in TRACED_LAUNCHES for event in events)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Return the size of the GPU's L2; 0 on a CPU, where operands are not rotated."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _sampler(
+    choices: Sequence[Action], turn: Iterator[int], device: torch.device
+) -> Callable[[], float]:
+    """Warm the action up and return what takes one sample of it, in milliseconds per step."""
+
+    def on_cpu() -> float:
+        steps, began, elapsed = 0, time.perf_counter(), 0.0
+        while elapsed < SAMPLE_MS:
+            choices[next(turn)]()
+            steps += 1
+            elapsed = (time.perf_counter() - began) * 1e3
+        return elapsed / steps
+
+    def on_gpu(repeats: int) -> float:
+        new_event: Any = torch.cuda.Event  # its constructor has no types
+        start, end = new_event(enable_timing=True), new_event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeats):
+            choices[next(turn)]()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / repeats
+
+    if device.type != "cuda":
+        on_cpu()
+        return on_cpu
+    on_gpu(FEWEST_REPEATS)
+    repeats = int(np.clip(SAMPLE_MS / on_gpu(FEWEST_REPEATS), FEWEST_REPEATS, MOST_REPEATS))
+    return lambda: on_gpu(repeats)
+
+
+def _timing(samples: Sequence[float]) -> Timing:
+    p20, median, p80 = (float(value) for value in np.percentile(samples, [20, 50, 80]))
+    return Timing(median, p20, p80)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running inside somebody's sample."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _trace(action: Action, activities: list[ProfilerActivity]) -> list[dict[str, Any]]:
+    """Run once under the profiler and return the events of its trace."""
+    with profile(activities=activities, profile_memory=True) as profiler:
+        action()
+        if ProfilerActivity.CUDA in activities:
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events

@@ -1,0 +1,150 @@
+"""The rows of a run as one picture: time above, percent of the copy below, a column per case."""
+
+from collections.abc import Iterable
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, nor looked for
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bench.providers import FUSED, PROVIDERS
+from bench.report import Report, Row
+
+STYLES = {
+    "eager_classic": ("#8c8c8c", "v"),
+    "eager_composition": ("#c58b2a", "s"),
+    "compile": ("#5b8fd6", "^"),
+    "compile_grad_and_value": ("#7a4fb5", "D"),
+    FUSED: ("#0b7a3b", "o"),
+}
+FLOOR_STYLE: dict[str, Any] = {"color": "black", "linestyle": (0, (2, 2)), "linewidth": 1.0}
+COLUMN_INCHES, ROW_INCHES = 3.3, 3.1
+FULL = 100.0  # percent
+WIDE_INCHES = 12  # the legend needs this much to stand in one line
+ROOM = 1.12  # empty space kept above the highest mark
+
+
+def write_plot(report: Report, path: Path) -> None:
+    """Draw the report; a case measured at one size alone gets bars, the others lines."""
+    groups = list(report.groups())
+    if not groups:
+        return
+    figure, axes = plt.subplots(
+        2,
+        len(groups),
+        figsize=(max(COLUMN_INCHES * len(groups), 9.0), 2 * ROW_INCHES + 1.1),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, ((case, dtype), rows) in enumerate(groups):
+        timed = [row for row in rows if row.median_ms is not None]
+        one_size = len({row.numel for row in rows}) == 1
+        subtitle = f"{rows[0].numel:,} elements" if one_size else dtype
+        above, below = axes[0][column], axes[1][column]
+        above.set_title(f"{case}\n{subtitle}", fontsize=10, fontweight="bold")
+        if one_size:
+            _time_bars(above, timed, report.copy_gbps)
+            _percent_bars(below, timed)
+        else:
+            _time_lines(above, timed, report.copy_gbps)
+            _percent_lines(below, timed)
+    axes[0][0].set_ylabel("ms, forward + backward")
+    axes[1][0].set_ylabel("percent of the copy bandwidth")
+    _title_and_legend(figure, report)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _title_and_legend(figure: Figure, report: Report) -> None:
+    versions = f"torch {report.torch}, triton {report.triton or 'none'}"
+    copy = f"copy {report.copy_gbps:.1f} GB/s read + written"
+    figure.suptitle(
+        f"Smooth L1 with weights: {report.device}, {versions}, {copy}", fontsize=11, x=0.5
+    )
+    entries = [
+        Line2D([], [], color=color, marker=marker, label=name)
+        for name, (color, marker) in STYLES.items()
+    ]
+    entries.append(Line2D([], [], label="floor: bytes / copy bandwidth", **FLOOR_STYLE))
+    columns = len(entries) if figure.get_figwidth() > WIDE_INCHES else len(entries) // 2
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _series(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return each provider's rows, the fused one last: it is drawn on top."""
+    return {p.name: [row for row in rows if row.provider == p.name] for p in PROVIDERS}
+
+
+def _points(figures: Iterable[float | None]) -> list[float]:
+    """Return what can be drawn: a figure that is unknown leaves a gap."""
+    return [nan if figure is None else figure for figure in figures]
+
+
+def _time_lines(axes: Axes, rows: list[Row], copy_gbps: float) -> None:
+    for name, series in _series(rows).items():
+        color, marker = STYLES[name]
+        sizes = [row.numel for row in series]
+        medians = _points(row.median_ms for row in series)
+        axes.plot(sizes, medians, color=color, marker=marker, **_weight(name))
+        lower, upper = (
+            _points(row.p20_ms for row in series),
+            _points(row.p80_ms for row in series),
+        )
+        axes.fill_between(sizes, lower, upper, color=color, alpha=0.15, linewidth=0)
+    floors = sorted({(row.numel, row.floor_bytes / copy_gbps / 1e6) for row in rows})
+    axes.plot([size for size, _ in floors], [floor for _, floor in floors], **FLOOR_STYLE)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+
+
+def _percent_lines(axes: Axes, rows: list[Row]) -> None:
+    for name, series in _series(rows).items():
+        color, marker = STYLES[name]
+        percents = _points(row.percent_of_copy for row in series)
+        axes.plot(
+            [row.numel for row in series], percents, color=color, marker=marker, **_weight(name)
+        )
+    axes.axhline(FULL, **FLOOR_STYLE)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("elements")
+    axes.grid(alpha=0.3)
+
+
+def _weight(name: str) -> dict[str, Any]:
+    """Make the fused line the heavier one."""
+    return (
+        {"linewidth": 2.2, "markersize": 6}
+        if name == FUSED
+        else {"linewidth": 1.3, "markersize": 4}
+    )
+
+
+def _time_bars(axes: Axes, rows: list[Row], copy_gbps: float) -> None:
+    _bars(axes, rows, _points(row.median_ms for row in rows))
+    if rows:
+        axes.axhline(rows[0].floor_bytes / copy_gbps / 1e6, **FLOOR_STYLE)
+
+
+def _percent_bars(axes: Axes, rows: list[Row]) -> None:
+    _bars(axes, rows, _points(row.percent_of_copy for row in rows))
+    axes.axhline(FULL, **FLOOR_STYLE)
+
+
+def _bars(axes: Axes, rows: list[Row], values: list[float]) -> None:
+    colors = [STYLES[row.provider][0] for row in rows]
+    bars = axes.bar(range(len(rows)), values, color=colors, width=0.7)
+    axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+    axes.set_xticks([])
+    if values:
+        axes.set_ylim(0, max(*values, 0.0) * ROOM or None)
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)

@@ -1,0 +1,165 @@
+"""Devices, backends and instruments shared by all tests.
+
+The device is a fixture, not a copy of a test: with a CUDA GPU every test runs on it with the
+compiled kernel, without one on the CPU with the same kernel under Triton's interpreter. Triton
+reads TRITON_INTERPRET when it is imported, so this file sets it before anything can import it.
+
+Memory that an allocation leaves uninitialised is filled with NaN (or the largest integer) for
+the whole run: a kernel that reads what it did not write, or does not write what it promises,
+gives NaN here rather than the zeros a fresh page happens to hold.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.register_profile(
+    "explore", hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=5000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _repair_the_interpreter() -> None:
+    """Make the interpreter round float32 to bfloat16 as hardware does: to nearest, ties to even.
+
+    It cuts the bits off instead (Triton 3.7.1, `_convert_float`), so a kernel could not be held to
+    the one rounding that its results may have. This repairs the instrument, not what it measures:
+    compiled code rounds by the machine's own instruction, and eager PyTorch like it.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(values: Any, source: Any, destination: Any, rounding: Any) -> Any:
+        if (source, destination) != (tl.float32, tl.bfloat16):
+            return original(values, source, destination, rounding)
+        # The interpreter holds a bfloat16 as the upper half of a float32's bits.
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        halves = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+        return halves.reshape(values.shape)
+
+    interpreter._convert_float = convert
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tensors are small, and on a busy machine threads wait for each other far longer than
+    # they work.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+        _repair_the_interpreter()
+    for harmless in (
+        # Deterministic mode is here for the NaN fill only; what it says about other operators of
+        # PyTorch is not a finding about this package.
+        "ignore:.*does not have a deterministic implementation",
+        # NumPy, under the interpreter, tells of every NaN and overflow. The tests make them.
+        "ignore:.*encountered in:RuntimeWarning",
+    ):
+        config.addinivalue_line("filterwarnings", harmless)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rounded_bfloat16() -> None:
+    """Make the interpreter round float32 to bfloat16, as compiled kernels do: it truncates."""
+    if torch.cuda.is_available() or not HAS_TRITON:
+        return
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    truncate = InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return truncate(self, source, dtype)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
+
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
+@pytest.fixture
+def unpoisoned() -> Iterator[None]:
+    """Leave uninitialised memory alone: for tests that reserve far more than they touch."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _select(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if name == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed on this machine")
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", name)
+    return name
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test on each backend."""
+    return _select(request.param, monkeypatch)
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test on the kernel alone."""
+    return _select("triton", monkeypatch)
+
+
+@pytest.fixture
+def eager_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test on eager PyTorch alone."""
+    return _select("eager", monkeypatch)
+
+
+@pytest.fixture
+def launches(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the name of every Triton kernel launched, whoever launches it.
+
+    Both kinds of jitted function are patched at the class, so that a kernel this file has never
+    heard of is counted too.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    for kind in (InterpretedFunction, JITFunction):
+        original = kind.run
+
+        def run(self, *args, _original=original, **kwargs):  # type: ignore[no-untyped-def]
+            if not kwargs.get("warmup", False):
+                names.append(self.fn.__name__)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "run", run)
+    return names

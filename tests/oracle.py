@@ -1,0 +1,111 @@
+"""The loss and its gradients in NumPy float64, written from the formula of the Caffe layer.
+
+This file imports nothing of the package under test: two implementations that share no code
+cannot share a mistake.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Loss and gradients; a gradient is None where the operand is not a differentiable tensor."""
+
+    loss: Array
+    input: Array
+    target: Array
+    inside_weights: Array | None
+    outside_weights: Array | None
+
+
+def _float64(value: Any) -> Array:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().to(torch.float64).numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def _is_mask(weights: Any) -> bool:
+    if isinstance(weights, torch.Tensor):
+        return weights.dtype in (torch.bool, torch.uint8)
+    return isinstance(weights, bool)
+
+
+def _weights(weights: Any, shape: tuple[int, ...]) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return the factor and the selection of one weight, both of the full shape."""
+    if weights is None:
+        return np.ones(shape), np.ones(shape, dtype=bool)
+    values = np.broadcast_to(_float64(weights), shape)
+    if _is_mask(weights):
+        return np.ones(shape), values != 0
+    return values, np.ones(shape, dtype=bool)
+
+
+def _sum_to_shape(gradient: Array, weights: Any) -> Array | None:
+    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+        return None
+    shape = tuple(weights.shape)
+    extra = gradient.ndim - len(shape)
+    gradient = gradient.sum(axis=tuple(range(extra)))
+    kept = tuple(i for i, n in enumerate(shape) if n == 1)
+    return np.asarray(gradient.sum(axis=kept, keepdims=True)).reshape(shape)
+
+
+def smooth_l1(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    inside_weights: Any = None,
+    outside_weights: Any = None,
+    *,
+    beta: float = 1.0,
+    reduction: str = "mean",
+    normalizer: Any = None,
+    upstream: Any = 1.0,
+) -> Reference:
+    """Evaluate the loss, and the gradients for the given upstream gradient of the loss."""
+    shape = tuple(input.shape)
+    inside, inside_selected = _weights(inside_weights, shape)
+    outside, outside_selected = _weights(outside_weights, shape)
+    selected = inside_selected & outside_selected
+
+    divisor = 1.0
+    if reduction == "mean":
+        divisor = float(max(input.numel(), 1))
+    elif reduction == "batchmean":
+        divisor = float(max(shape[0], 1)) if shape else 1.0
+    elif normalizer is not None:
+        divisor = float(_float64(normalizer))
+
+    with np.errstate(all="ignore"):
+        difference = _float64(input) - _float64(target)
+        x = inside * difference
+        size = np.abs(x)
+        quadratic = size < beta
+        if beta > 0:
+            f = np.where(quadratic, 0.5 * (x / beta) * x, size - 0.5 * beta)
+            slope = np.where(quadratic, x / beta, np.sign(x))
+        else:
+            f, slope = size, np.sign(x)
+
+        factor = np.broadcast_to(_float64(upstream), shape) / divisor
+
+        def kept(values: Array) -> Array:
+            return np.where(selected, values, 0.0)
+
+        elementwise = kept(outside * f)
+        loss = elementwise if reduction == "none" else elementwise.sum() / divisor
+        grad_x = factor * outside * slope
+        grad_input = kept(grad_x * inside)
+        return Reference(
+            loss=np.asarray(loss),
+            input=grad_input,
+            target=-grad_input,
+            inside_weights=_sum_to_shape(kept(grad_x * difference), inside_weights),
+            outside_weights=_sum_to_shape(kept(factor * f), outside_weights),
+        )

@@ -1,0 +1,172 @@
+"""The same bits at every run, whatever order the programs run in.
+
+The interpreter runs one program after another, so it can show neither a race nor a wrong memory
+order; but it can run them in any order, as a GPU does, and the last to arrive must then add the
+partial sums in an order of its own.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_smoothl1 import smooth_l1_loss
+from tests.support import coin, gaussian
+
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="waits for a CUDA GPU: programs that run at once"
+)
+on_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
+)
+
+
+def _operands(n: int, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    # Magnitudes over nine decades: any other order of a float32 sum gives other bits.
+    spread = torch.logspace(-5, 4, n, dtype=torch.float64)[torch.randperm(n, generator=_seeded())]
+    input = (gaussian(n, seed=1, dtype=torch.float64) * spread).to(dtype).to(device)
+    target = gaussian(n, seed=2, dtype=dtype, device=device)
+    return [input.requires_grad_(), target.requires_grad_(), coin(n, seed=3, device=device)]
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _run(operands: list[Tensor], **options: Any) -> list[Tensor]:
+    weights = gaussian(operands[0].numel(), seed=4, device=str(operands[0].device))
+    loss = smooth_l1_loss(*operands, weights, sigma=2.0, **options)
+    assert loss.isfinite().all()
+    above = torch.full_like(loss, 1.7)
+    return [loss.detach(), *torch.autograd.grad(loss, operands[:2], above)]
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_repeated_runs(reduction: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    operands = _operands(20_011, device, dtype)
+    first = _run(operands, reduction=reduction)
+    for _ in range(3):
+        assert _same(_run(operands, reduction=reduction), first)
+
+
+def test_other_calls_in_between(backend: str, device: str) -> None:
+    """A call leaves nothing behind that another one sees, neither larger nor smaller."""
+    operands = _operands(20_011, device)
+    first = _run(operands)
+    for n in (1, 30_000, 4097):
+        _run(_operands(n, device), reduction="sum")
+        assert _same(_run(operands), first)
+
+
+def test_threads_of_the_cpu(eager_backend: str) -> None:
+    """On the CPU the number of threads does not decide the bits either."""
+    operands = _operands(600_011, "cpu")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(_run(operands, reduction="sum"))
+            assert _same(_run(operands, reduction="sum"), results[-1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
+
+
+def _shuffled(seed: int) -> Callable[[int], list[int]]:
+    def order(n: int) -> list[int]:
+        positions = list(range(n))
+        random.Random(seed).shuffle(positions)
+        return positions
+
+    return order
+
+
+ORDERS: dict[str, Callable[[int], list[int]]] = {
+    "reversed": lambda n: list(reversed(range(n))),
+    "rotated": lambda n: [(i + n // 2) % n for i in range(n)],
+    "shuffled_1": _shuffled(1),
+    "shuffled_2": _shuffled(2),
+}
+
+
+@on_interpreter
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_order_of_the_programs(
+    order: str, reduction: str, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    seen: list[int] = []
+    original = builder.set_grid_idx
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        n = builder.grid_dim[0]
+        x = ORDERS[order](n)[x]
+        seen.append(x)
+        original(x, y, z)
+
+    operands = _operands(20_011, "cpu")
+    first = _run(operands, reduction=reduction)
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+    assert _same(_run(operands, reduction=reduction), first)
+    assert len(set(seen)) > 2, "there were programs to be put in order"
+    assert seen != sorted(seen)
+
+
+@on_gpu
+def test_a_thousand_launches(triton_backend: str) -> None:
+    operands = _operands(1_000_003, "cuda")
+    first = _run(operands, reduction="sum")
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for one, other in zip(_run(operands, reduction="sum"), first, strict=True):
+            different += (one != other).sum()
+    assert different.item() == 0
+
+
+@on_gpu
+def test_several_streams_at_once(triton_backend: str) -> None:
+    operands = _operands(1_000_003, "cuda")
+    first = _run(operands, reduction="sum")
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results: list[list[Tensor]] = []
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(_run(operands, reduction="sum"))
+    torch.cuda.synchronize()
+    assert all(_same(result, first) for result in results)
+
+
+@on_gpu
+def test_replayed_graph(triton_backend: str) -> None:
+    """A captured launch keeps a ticket of its own: replays and eager calls do not meet in one."""
+    operands = _operands(1_000_003, "cuda")
+    first = _run(operands, reduction="sum")
+    weights = gaussian(operands[0].numel(), seed=4, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        smooth_l1_loss(*operands, weights, sigma=2.0, reduction="sum")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = smooth_l1_loss(*operands, weights, sigma=2.0, reduction="sum")
+    for _ in range(20):
+        graph.replay()
+        eager = smooth_l1_loss(*operands, weights, sigma=2.0, reduction="sum")
+        torch.cuda.synchronize()
+        assert torch.equal(loss, first[0])
+        assert torch.equal(eager, first[0])

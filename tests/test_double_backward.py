@@ -1,0 +1,189 @@
+"""Second-order gradients: a saved gradient must not drop them silently.
+
+gradcheck and gradgradcheck compare with finite differences in float64, at points no nearer to a
+kink than the step: the seeds are such that |x| is neither near beta nor near 0.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fused_smoothl1 import smooth_l1_loss
+from tests.support import coin, gaussian
+
+REDUCTIONS = ["none", "sum", "mean", "batchmean"]
+BETA = 0.6
+SHAPES = {
+    "full": ((2, 3), (2, 3)),
+    "broadcast": ((2, 1), (3,)),
+    "number": ((), (1, 1)),
+}
+
+
+def _operands(
+    device: str, weights: str = "broadcast", dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    shapes = ((2, 3), (2, 3), *SHAPES[weights])
+    operands = [
+        gaussian(*shape, seed=i + 11, dtype=dtype, device=device, requires_grad=True)
+        for i, shape in enumerate(shapes)
+    ]
+    x = (operands[2] * (operands[0] - operands[1])).detach().abs()
+    assert ((x - BETA).abs() > 1e-3).all()
+    assert (x > 1e-3).all()
+    return operands
+
+
+def _composition(
+    input: Tensor, target: Tensor, inside: Tensor, outside: Tensor, reduction: str
+) -> Tensor:
+    x = inside * (input - target)
+    loss = outside * F.smooth_l1_loss(x, torch.zeros_like(x), beta=BETA, reduction="none")
+    if reduction == "none":
+        return loss
+    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0]}[reduction]
+    return loss.sum() / divisor
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weights", SHAPES)
+def test_gradcheck(weights: str, reduction: str, backend: str, device: str) -> None:
+    assert torch.autograd.gradcheck(
+        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction), _operands(device, weights)
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weights", SHAPES)
+def test_gradgradcheck(weights: str, reduction: str, backend: str, device: str) -> None:
+    assert torch.autograd.gradgradcheck(
+        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction), _operands(device, weights)
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA])
+@pytest.mark.parametrize("case", ["no_weights", "masks", "normalizer", "l1"])
+def test_gradgradcheck_of_other_calls(case: str, beta: float, backend: str, device: str) -> None:
+    operands = _operands(device)
+    mask = torch.tensor([[True], [False]], device=device)
+    column = torch.tensor([1, 0, 7], dtype=torch.uint8, device=device)
+    count = torch.tensor(3, device=device)
+
+    def loss(input: Tensor, target: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
+        if case == "no_weights":
+            return smooth_l1_loss(input, target, beta=beta) + 0 * (inside.sum() + outside.sum())
+        if case == "masks":
+            one = smooth_l1_loss(input, target, mask, outside, beta=beta, reduction="sum")
+            other = smooth_l1_loss(input, target, inside, column, beta=beta, reduction="sum")
+            return one + 2 * other
+        if case == "normalizer":
+            return smooth_l1_loss(
+                input, target, inside, outside, beta=beta, reduction="sum", normalizer=count
+            )
+        return smooth_l1_loss(input, target, inside, outside, sigma=math.inf)
+
+    assert torch.autograd.gradcheck(loss, operands)
+    assert torch.autograd.gradgradcheck(loss, operands)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradient_penalty_is_eager(
+    dtype: torch.dtype, reduction: str, backend: str, device: str
+) -> None:
+    """(loss + |gradient|²).backward(), against a composition of PyTorch's own operators."""
+    results = []
+    for function in (
+        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction),
+        lambda *t: _composition(*t, reduction),
+    ):
+        operands = _operands(device, dtype=dtype)
+        loss = function(*operands).sum()
+        first = torch.autograd.grad(loss, operands, create_graph=True)
+        (loss + sum(g.pow(2).sum() for g in first)).backward()
+        results.append([*(g.detach() for g in first), *(t.grad for t in operands)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_create_graph_changes_no_value(backend: str, device: str) -> None:
+    operands = _operands(device)
+    for reduction in REDUCTIONS:
+        loss = smooth_l1_loss(*operands, beta=BETA, reduction=reduction)
+        above = torch.full_like(loss, 1.3)
+        with_graph = torch.autograd.grad(loss, operands, above, create_graph=True)
+        without = torch.autograd.grad(loss, operands, above)
+        for one, other in zip(with_graph, without, strict=True):
+            assert one.requires_grad
+            assert not other.requires_grad
+            assert one.shape == other.shape
+            torch.testing.assert_close(one.detach(), other)
+
+
+def test_second_order_for_an_upstream_of_ones_without_grad(backend: str, device: str) -> None:
+    """The case `once_differentiable` does not catch: the Hessian of the quadratic part is not 0."""
+    input = torch.tensor([0.1, 0.2, 5.0], device=device, requires_grad=True)
+    loss = smooth_l1_loss(input, torch.zeros_like(input), beta=0.5, reduction="sum")
+    (first,) = torch.autograd.grad(loss, input, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), input)
+    torch.testing.assert_close(second, torch.tensor([2.0, 2.0, 0.0], device=device))
+
+
+def test_third_order(backend: str, device: str) -> None:
+    results = []
+    for function in (
+        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction="sum"),
+        lambda *t: _composition(*t, "sum"),
+    ):
+        operands = _operands(device, "full")
+        loss = function(*operands)
+        first = torch.autograd.grad(loss, operands, create_graph=True)
+        total = sum((g**3).sum() for g in first)
+        second = torch.autograd.grad(total, operands, create_graph=True)
+        third = torch.autograd.grad(sum((g**2).sum() for g in second), operands)
+        results.append(third)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_gradient_penalty_with_masked_nan(reduction: str, backend: str, device: str) -> None:
+    """What a mask does not select adds 0 to second-order gradients as well."""
+    mask = coin(6, 1, seed=1, device=device)
+    clean = gaussian(6, 4, seed=2, dtype=torch.float64, device=device)
+    gradients = []
+    for filler in (0.0, math.nan):
+        input = torch.where(mask, clean, filler).requires_grad_()
+        weights = torch.where(mask, 1.5, torch.full_like(clean, filler)).requires_grad_()
+        loss = smooth_l1_loss(
+            input, torch.zeros_like(clean), mask, weights, beta=BETA, reduction=reduction
+        ).sum()
+        first = torch.autograd.grad(loss, [input, weights], create_graph=True)
+        (loss + sum(g.pow(2).sum() for g in first)).backward()
+        assert input.grad is not None
+        assert weights.grad is not None
+        gradients.append((*(g.detach() for g in first), input.grad, weights.grad))
+    for one, other in zip(*gradients, strict=True):
+        assert other.isfinite().all()
+        assert (other[~mask.squeeze(1)] == 0).all()
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_penalty_in_16_bits(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Second-order gradients keep their tensor's dtype and come near those of float32."""
+    gradients = []
+    for kind in (dtype, torch.float32):
+        input, target = (t.detach().to(dtype).to(kind) for t in _operands(device)[:2])
+        input.requires_grad_()
+        loss = smooth_l1_loss(input, target, beta=BETA, reduction="sum")
+        (first,) = torch.autograd.grad(loss, input, create_graph=True)
+        first.pow(2).sum().backward()
+        assert input.grad is not None
+        assert input.grad.dtype == kind
+        gradients.append(input.grad.float())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=4 * eps, atol=4 * eps)

@@ -1,0 +1,249 @@
+"""Bad input raises before anything is computed, and the message helps.
+
+Every message must name the argument, what came, and what is allowed; the tests look for those and
+leave the wording free. Both backends raise the same.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from tests.support import gaussian
+
+SHAPE = (6, 4)
+
+
+def _raises(
+    error: type[Exception], function: Callable[[], Any], *parts: str, either: tuple[str, ...] = ()
+) -> None:
+    """Assert that the function raises exactly this, with each of `parts` and one of `either`."""
+    with pytest.raises(error) as caught:
+        function()
+    assert type(caught.value) is error
+    message = str(caught.value)
+    for part in parts:
+        assert re.search(part, message), f"{message!r} does not say {part!r}"
+    assert not either or any(re.search(part, message) for part in either), message
+
+
+def _call(device: str, **changes: Any) -> Callable[[], Tensor]:
+    arguments: dict[str, Any] = {
+        "input": gaussian(*SHAPE, seed=1, device=device),
+        "target": gaussian(*SHAPE, seed=2, device=device),
+    } | changes
+    return lambda: smooth_l1_loss(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 4), (4,), (4, 6), (6, 4, 1), (), (0, 4)], ids=str)
+def test_target_of_another_shape(shape: tuple[int, ...], backend: str, device: str) -> None:
+    """Torch warns and broadcasts, and the loss of (N, 1) against (N,) is then N² numbers."""
+    call = _call(device, target=torch.zeros(shape, device=device))
+    _raises(ValueError, call, "target", re.escape(str(shape)), re.escape(str(SHAPE)))
+
+
+WRONG_SHAPES = [
+    ((5, 4), "does not broadcast"),
+    ((3,), "does not broadcast"),
+    ((6,), "does not broadcast: the rows are the first dimension, not the last"),
+    ((6, 2), "does not broadcast"),
+    ((0, 4), "does not broadcast"),
+    ((0,), "does not broadcast"),
+    ((2, 6, 4), "would widen the input"),
+    ((1, 6, 4), "would add a dimension"),
+    ((1, 1, 1), "would add a dimension"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("shape", [s for s, _ in WRONG_SHAPES], ids=[f"{s}" for s in WRONG_SHAPES])
+def test_weights_that_do_not_broadcast(
+    shape: tuple[int, ...], name: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    call = _call(device, **{name: torch.ones(shape, dtype=dtype, device=device)})
+    _raises(ValueError, call, name, re.escape(str(shape)), re.escape(str(SHAPE)), "broadcast")
+
+
+@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("shape", [(4,), (3, 1), (1, 1)], ids=str)
+def test_weights_that_would_widen_a_size_of_1_or_0(
+    shape: tuple[int, ...], name: str, backend: str, device: str
+) -> None:
+    """Broadcasting goes to the input's shape only, also where the input itself would broadcast."""
+    small = torch.zeros(1, device=device)
+    weights = torch.ones(shape, device=device)
+    _raises(ValueError, _call(device, input=small, target=small, **{name: weights}), name)
+    empty = torch.zeros(0, 2, device=device)
+    weights = torch.ones(3, 2, device=device)
+    _raises(ValueError, _call(device, input=empty, target=empty, **{name: weights}), name)
+
+
+NOT_FLOATS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128]
+
+
+@pytest.mark.parametrize("name", ["input", "target"])
+@pytest.mark.parametrize("dtype", NOT_FLOATS, ids=str)
+def test_dtype_of_input_and_target(
+    dtype: torch.dtype, name: str, backend: str, device: str
+) -> None:
+    call = _call(device, **{name: torch.ones(SHAPE, dtype=dtype, device=device)})
+    said = str(dtype).removeprefix("torch.")
+    _raises(TypeError, call, name, said, "float32", "float16")
+
+
+@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_weights(dtype: torch.dtype, name: str, backend: str, device: str) -> None:
+    call = _call(device, **{name: torch.ones(SHAPE, dtype=dtype, device=device)})
+    _raises(TypeError, call, name, "complex", either=("float32", "real"))
+
+
+@pytest.mark.parametrize("name", ["input", "target"])
+@pytest.mark.parametrize("value", [1.0, 2, None, [1.0, 2.0], np.zeros(SHAPE), "loss"], ids=repr)
+def test_not_a_tensor(value: Any, name: str, backend: str, device: str) -> None:
+    call = _call(device, **{name: value})
+    _raises(TypeError, call, name, type(value).__name__, "Tensor")
+
+
+@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("value", ["1.0", [1.0, 2.0], np.ones(SHAPE), 1j, object()], ids=repr)
+def test_weights_that_are_neither_number_nor_tensor(
+    value: Any, name: str, backend: str, device: str
+) -> None:
+    call = _call(device, **{name: value})
+    _raises(TypeError, call, name, type(value).__name__, "Tensor", "number")
+
+
+@pytest.mark.parametrize("name", ["target", "inside_weights", "outside_weights", "normalizer"])
+def test_devices_that_differ(name: str, backend: str, device: str) -> None:
+    """Both devices are named; `meta` stands for a second GPU."""
+    shape = () if name == "normalizer" else SHAPE
+    call = _call(device, reduction="sum", **{name: torch.ones(shape, device="meta")})
+    _raises(ValueError, call, name, "meta", rf"{device}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
+@pytest.mark.parametrize("name", ["target", "inside_weights", "outside_weights", "normalizer"])
+def test_tensor_left_on_the_cpu(name: str, backend: str) -> None:
+    shape = () if name == "normalizer" else SHAPE
+    call = _call("cuda", reduction="sum", **{name: torch.ones(shape)})
+    _raises(ValueError, call, name, "cpu", "cuda")
+
+
+@pytest.mark.parametrize("reduction", ["Mean", "avg", "", "sum ", "batch_mean", None, True, 1])
+def test_unknown_reduction(reduction: Any, backend: str, device: str) -> None:
+    allowed = ("reduction", "none", "sum", "mean", "batchmean", re.escape(repr(reduction)))
+    _raises(ValueError, _call(device, reduction=reduction), *allowed)
+    _raises(ValueError, lambda: SmoothL1Loss(reduction=reduction), *allowed)
+
+
+@pytest.mark.parametrize(("sigma", "beta"), [(3.0, 1 / 9), (1.0, 1.0), (math.inf, 0.0), (1, 0)])
+def test_sigma_and_beta(sigma: float, beta: float, backend: str, device: str) -> None:
+    """Also where they agree: a reader should not have to check."""
+    parts = ("sigma", "beta", re.escape(f"{sigma}"), re.escape(f"{beta}"))
+    _raises(ValueError, _call(device, sigma=sigma, beta=beta), *parts)
+    _raises(ValueError, lambda: SmoothL1Loss(sigma=sigma, beta=beta), *parts)
+
+
+@pytest.mark.parametrize("sigma", [0, 0.0, -0.0, -1, -3.0, math.nan, -math.inf])
+def test_sigma_out_of_range(sigma: float, backend: str, device: str) -> None:
+    parts = ("sigma", re.escape(f"{sigma}"), r"\(0, inf\]|> 0|positive|above 0")
+    _raises(ValueError, _call(device, sigma=sigma), *parts)
+    _raises(ValueError, lambda: SmoothL1Loss(sigma=sigma), *parts)
+
+
+@pytest.mark.parametrize("beta", [-1, -1e-30, math.nan, math.inf, -math.inf])
+def test_beta_out_of_range(beta: float, backend: str, device: str) -> None:
+    parts = ("beta", re.escape(f"{beta}"), r"\[0, inf\)|>= 0|negative")
+    _raises(ValueError, _call(device, beta=beta), *parts)
+    _raises(ValueError, lambda: SmoothL1Loss(beta=beta), *parts)
+
+
+@pytest.mark.parametrize("name", ["sigma", "beta"])
+@pytest.mark.parametrize("value", ["3", 1j, [1.0], torch.tensor(1.0)], ids=repr)
+def test_sigma_and_beta_are_numbers(value: Any, name: str, backend: str, device: str) -> None:
+    """Also not tensors: the host would have to read them."""
+    _raises(TypeError, _call(device, **{name: value}), name, type(value).__name__)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
+@pytest.mark.parametrize("normalizer", [1, 2.0, torch.tensor(2.0)], ids=repr)
+def test_normalizer_without_sum(normalizer: Any, reduction: str, backend: str, device: str) -> None:
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(device)
+    call = _call(device, reduction=reduction, normalizer=normalizer)
+    _raises(ValueError, call, "normalizer", "sum", reduction)
+    module = SmoothL1Loss(reduction=reduction)
+    operand = torch.zeros(SHAPE, device=device)
+    _raises(ValueError, lambda: module(operand, operand, normalizer=normalizer), "normalizer")
+
+
+@pytest.mark.parametrize("normalizer", [0, 0.0, -1, -0.5, math.nan, -math.inf])
+def test_normalizer_out_of_range(normalizer: float, backend: str, device: str) -> None:
+    call = _call(device, reduction="sum", normalizer=normalizer)
+    _raises(ValueError, call, "normalizer", re.escape(f"{normalizer}"), "0")
+
+
+@pytest.mark.parametrize("shape", [(1,), (6, 1), (1, 1), (0,), SHAPE], ids=str)
+def test_normalizer_with_a_shape(shape: tuple[int, ...], backend: str, device: str) -> None:
+    call = _call(device, reduction="sum", normalizer=torch.ones(shape, device=device))
+    _raises(ValueError, call, "normalizer", re.escape(str(shape)))
+
+
+def test_normalizer_that_requires_a_gradient(backend: str, device: str) -> None:
+    """It would get none, silently."""
+    normalizer = torch.tensor(2.0, device=device, requires_grad=True)
+    call = _call(device, reduction="sum", normalizer=normalizer)
+    _raises(ValueError, call, "normalizer", "grad")
+
+
+@pytest.mark.parametrize("value", ["2", [2.0], 2j, np.ones(1)], ids=repr)
+def test_normalizer_that_is_no_number(value: Any, backend: str, device: str) -> None:
+    call = _call(device, reduction="sum", normalizer=value)
+    _raises(TypeError, call, "normalizer", type(value).__name__)
+
+
+def test_complex_normalizer(backend: str, device: str) -> None:
+    call = _call(device, reduction="sum", normalizer=torch.tensor(2j, device=device))
+    _raises(TypeError, call, "normalizer", "complex")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (6, 4)], ids=str)
+def test_empty_input_is_checked_too(shape: tuple[int, ...], backend: str, device: str) -> None:
+    input = torch.zeros(shape, device=device)
+    wrong = torch.zeros(3, 5, device=device)
+    _raises(ValueError, _call(device, input=input, target=wrong), "target")
+    _raises(ValueError, _call(device, input=input, target=input, inside_weights=wrong), "inside")
+    call = _call(device, input=input, target=input, reduction="sum", normalizer=0)
+    _raises(ValueError, call, "normalizer")
+
+
+def test_nothing_is_launched_for_bad_input(device: str, launches: list[str]) -> None:
+    for changes in (
+        {"sigma": 0},
+        {"reduction": "avg"},
+        {"target": torch.zeros(6, 1, device=device)},
+        {"outside_weights": torch.ones(5, device=device)},
+        {"normalizer": 3},
+    ):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            _call(device, **changes)()
+    assert launches == []
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"size_average": True}, {"reduce": False}, {"weight": 1.0}], ids=str
+)
+def test_options_are_keywords_and_unknown_ones_raise(keywords: Any, device: str) -> None:
+    with pytest.raises(TypeError, match=next(iter(keywords))):
+        _call(device, **keywords)()
+    operand = torch.zeros(SHAPE, device=device)
+    with pytest.raises(TypeError, match="positional"):
+        smooth_l1_loss(operand, operand, None, None, 3.0)  # type: ignore[misc]

@@ -1,0 +1,251 @@
+"""Nothing is allocated beside the loss and the gradients, and no operand is ever copied.
+
+On the CPU the allocator's own events are watched, through PyTorch's profiler, so a temporary
+inside an operator counts too; on a GPU the allocator's statistics are. Allowed beside the results
+are 64 KiB for the kernel's workspace, and for the eager path a scratch that does not grow with
+the input: three blocks of at most 2¹⁸ elements. The interpreter counts as a GPU of one
+multiprocessor, whose workspace is smaller, so that a small input is enough to see a copy.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_smoothl1 import smooth_l1_loss
+
+WORKSPACE = 64 * 1024 if torch.cuda.is_available() else 16 * 1024
+BLOCKS = 3 * 2**18
+
+
+def _filled(
+    *shape: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
+) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+class Usage:
+    """Bytes, as they were when the watched block ended."""
+
+    peak = 0
+    kept = 0
+
+
+@contextmanager
+def _watched(device: str) -> Iterator[Usage]:
+    """Measure the most bytes that were allocated at once, and those that still are."""
+    usage = Usage()
+    gc.collect()  # Triton's interpreter leaves cycles of references to its last operands.
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield usage
+        torch.cuda.synchronize()
+        usage.peak = torch.cuda.max_memory_allocated() - before
+        usage.kept = torch.cuda.memory_allocated() - before
+        return
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        yield usage
+        gc.collect()
+    results = profile.kineto_results
+    assert results is not None
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    assert events, "the profiler saw no allocation"
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        usage.kept += event.nbytes()
+        usage.peak = max(usage.peak, usage.kept)
+
+
+def _size(backend: str, device: str) -> int:
+    """Return elements so many that their copy, even in bytes, exceeds what is allowed besides."""
+    if device == "cpu":
+        return 1 << 22 if backend == "eager" else 1 << 15
+    return 1 << 24
+
+
+def _allowed(backend: str, itemsize: int = 4) -> int:
+    return WORKSPACE + (BLOCKS * itemsize if backend == "eager" else 0)
+
+
+def _step(operands: list[Any], upstream: float, **options: Any) -> list[Tensor]:
+    loss = smooth_l1_loss(*operands, **options)
+    sources = [t for t in operands if isinstance(t, Tensor) and t.requires_grad]
+    above = torch.full_like(loss, upstream) if loss.dim() == 0 else loss.detach()
+    return [loss, *torch.autograd.grad(loss, sources, above)]
+
+
+def _peak(operands: list[Any], device: str, upstream: float = 1.0, **options: Any) -> int:
+    _step(operands, upstream, **options)  # Workspaces are made once and kept.
+    with _watched(device) as usage:
+        results = _step(operands, upstream, **options)
+    assert len(results) > 1
+    return usage.peak
+
+
+def test_the_instrument_sees_a_copy(device: str) -> None:
+    values = torch.zeros(1 << 20, device=device)
+    with _watched(device) as usage:
+        copy = values.clone()
+        del copy
+    assert usage.peak == values.numel() * 4
+    assert usage.kept == 0
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+def test_dense_call_allocates_one_gradient(
+    reduction: str, upstream: float, backend: str, device: str
+) -> None:
+    n = _size(backend, device)
+    operands = [_filled(n, device=device, requires_grad=i == 0) for i in range(4)]
+    peak = _peak(operands, device, upstream, reduction=reduction)
+    assert 4 * n <= peak < 4 * n + _allowed(backend)
+
+
+def _columns(*shape: int, device: str) -> Tensor:
+    return _filled(*shape[:-1], 2 * shape[-1], device=device)[..., ::2].detach()
+
+
+CASES: dict[str, Callable[[int, str], list[Any]]] = {
+    "no weights": lambda n, d: [],
+    "row mask": lambda n, d: [_filled(n // 64, 1, dtype=torch.bool, device=d)],
+    "full mask": lambda n, d: [_filled(n // 64, 64, dtype=torch.bool, device=d)],
+    "two masks": lambda n, d: [
+        _filled(n // 64, 1, dtype=torch.bool, device=d),
+        _filled(64, dtype=torch.bool, device=d).to(torch.uint8),
+    ],
+    "broadcast weights": lambda n, d: [
+        _filled(n // 64, 1, device=d),
+        _filled(1, 64, device=d),
+    ],
+    "numbers": lambda n, d: [0.5, torch.tensor(2.0, device=d)],
+    "expanded weights": lambda n, d: [
+        _filled(n // 64, 1, device=d).expand(n // 64, 64),
+        _filled(64, device=d).expand(n // 64, 64),
+    ],
+    "strided weights": lambda n, d: [
+        _columns(n // 64, 64, device=d),
+        _filled(64, n // 64, device=d).t(),
+    ],
+    "integer weights": lambda n, d: [
+        _filled(n // 64, 64, dtype=torch.bool, device=d).to(torch.int64),
+        _filled(n // 64, 64, dtype=torch.bool, device=d).to(torch.int8),
+    ],
+    "float16 weights": lambda n, d: [
+        _filled(n // 64, 64, dtype=torch.float16, device=d),
+        _filled(n // 64, 1, dtype=torch.bfloat16, device=d),
+    ],
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda t: t,
+    "columns": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "transposed": lambda t: t.t().contiguous().t(),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_operand_is_copied(layout: str, case: str, backend: str, device: str) -> None:
+    n = _size(backend, device)
+    input, target = (LAYOUTS[layout](_filled(n // 64, 64, device=device)) for seed in (1, 2))
+    operands = [input.detach().requires_grad_(), target, *CASES[case](n, device)]
+    peak = _peak(operands, device, reduction="sum")
+    assert peak < 4 * n + _allowed(backend)
+
+
+@pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16])
+def test_no_operand_is_converted_as_a_whole(mixed: torch.dtype, backend: str, device: str) -> None:
+    n = _size(backend, device)
+    operands = [
+        _filled(n, dtype=mixed, device=device, requires_grad=True),
+        _filled(n, device=device),
+        _filled(n, dtype=mixed, device=device),
+    ]
+    assert _peak(operands, device, 2.0, reduction="sum") < 2 * n + _allowed(backend)
+
+
+def test_none_allocates_the_loss_and_the_gradient(backend: str, device: str) -> None:
+    n = _size(backend, device)
+    operands = [_filled(n, device=device, requires_grad=i == 0) for i in range(4)]
+    assert _peak(operands, device, reduction="none") < 8 * n + _allowed(backend)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("needed", [(0,), (1,), (0, 1)], ids=str)
+def test_only_needed_gradients_are_allocated(
+    needed: tuple[int, ...], reduction: str, backend: str, device: str
+) -> None:
+    """A second buffer is there if two are asked for, and only then."""
+    n = _size(backend, device)
+    operands = [_filled(n, device=device, requires_grad=i in needed) for i in range(4)]
+    peak = _peak(operands, device, reduction=reduction)
+    results = len(needed) + (reduction == "none")
+    assert 4 * n * results <= peak < 4 * n * results + _allowed(backend)
+
+
+def test_forward_without_gradients_allocates_nothing(backend: str, device: str) -> None:
+    n = _size(backend, device)
+    operands = [_filled(n, device=device, requires_grad=True) for i in range(4)]
+    with torch.no_grad():
+        smooth_l1_loss(*operands)
+        with _watched(device) as usage:
+            loss = smooth_l1_loss(*operands)
+    assert loss.isfinite()
+    assert usage.peak < _allowed(backend)
+
+
+def test_nothing_stays_behind(backend: str, device: str) -> None:
+    """After the step, what it allocated is free again: no cache grows with the calls."""
+    n = _size(backend, device) // 8
+    operands = [_filled(n, device=device, requires_grad=i < 2) for i in range(4)]
+    _step(operands, 2.0)
+    with _watched(device) as usage:
+        for _ in range(3):
+            _step(operands, 2.0)
+    assert usage.kept == 0
+
+
+class _Reads(TorchDispatchMode):
+    """Record every operator that would make the host wait for a device."""
+
+    SYNCS = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        moved = name.startswith("aten._to_copy") and (kwargs or {}).get("device") is not None
+        if name.startswith(self.SYNCS) or moved:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernel_path_has_no_host_synchronisation(triton_backend: str, device: str) -> None:
+    """No operator reads a value on the host; on a GPU PyTorch itself is told to object."""
+    operands = [_filled(40, 5, device=device, requires_grad=i == 0) for i in range(3)]
+    count = torch.tensor(7, device=device)
+    smooth_l1_loss(*operands)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for weights in ([], [_filled(40, 1, dtype=torch.bool, device=device)]):
+            for options in ({"reduction": "none"}, {"reduction": "sum", "normalizer": count}):
+                for upstream in (1.0, 2.0):
+                    with _Reads() as reads:
+                        loss = smooth_l1_loss(*operands, *weights, **options)
+                        loss.backward(torch.full_like(loss, upstream))
+                    assert reads.found == []
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
