@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import eager
-from fused_smoothl1.contract import NOTHING, Backend, Gradients, Needs, Problem
+from fused_smoothl1.contract import (
+    NOTHING,
+    Backend,
+    Gradients,
+    Needs,
+    Problem,
+    gradient_in_forward,
+)
 
 
 class SmoothL1(torch.autograd.Function):
@@ -28,7 +35,7 @@ class SmoothL1(torch.autograd.Function):
     ) -> Tensor:
         """Compute the loss; the operands stand beside `problem` for autograd to see them."""
         needs: Needs = ctx.needs_input_grad[:4]
-        now = _gradient_in_forward(problem, needs)
+        now = gradient_in_forward(problem, needs)
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
         ctx.gradients = gradients if now else None
         ctx.backend = backend
@@ -58,18 +65,3 @@ class SmoothL1(torch.autograd.Function):
         else:
             gradients = ctx.backend.rescale(problem, gradients, upstream, needs)
         return *gradients, None, None
-
-
-def _gradient_in_forward(problem: Problem, needs: Needs) -> bool:
-    """Whether the forward pass may compute the gradients for an upstream gradient of 1.
-
-    Not in float16: gradients without the upstream gradient of a loss scaler in them underflow.
-    Not for weights: their gradients need temporaries, and are summed up to another shape.
-    """
-    needs_input, needs_target, needs_inside, needs_outside = needs
-    return (
-        problem.reduce
-        and not (needs_inside or needs_outside)
-        and not (needs_input and problem.input.dtype == torch.float16)
-        and not (needs_target and problem.target.dtype == torch.float16)
-    )

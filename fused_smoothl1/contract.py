@@ -11,6 +11,7 @@ Needs = tuple[bool, bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 NOTHING: Needs = (False, False, False, False)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASK_DTYPES = (torch.bool, torch.uint8)
 
 
@@ -43,6 +44,40 @@ class Problem(NamedTuple):
         return 1.0 / self.beta if self.beta * largest >= 1.0 else math.inf
 
 
+def make_problem(
+    input: Tensor,
+    target: Tensor,
+    inside: Tensor | float,
+    outside: Tensor | float,
+    divisor: Tensor | float,
+    beta: float,
+    reduce: bool,
+) -> Problem:
+    """Return the problem with its dtypes, which the operands decide."""
+    dtypes = {
+        operand.dtype
+        for operand in (input, target, inside, outside)
+        if isinstance(operand, Tensor) and operand.dtype in FLOAT_DTYPES
+    }
+    # torch.promote_types, which would leave an operation of its own in a traced graph.
+    promoted = input.dtype
+    if len(dtypes) > 1:
+        promoted = torch.float64 if torch.float64 in dtypes else torch.float32
+    compute_dtype = torch.float64 if promoted == torch.float64 else torch.float32
+    return Problem(
+        input,
+        target,
+        inside,
+        outside,
+        divisor,
+        # float32 has no number for a larger one, and no difference either.
+        min(beta, torch.finfo(compute_dtype).max),
+        reduce,
+        compute_dtype,
+        compute_dtype if reduce else promoted,
+    )
+
+
 class Backend(Protocol):
     """The loss of a `Problem`, by some means."""
 
@@ -62,6 +97,21 @@ class Backend(Protocol):
     ) -> Gradients:
         """Turn what `forward` returned into what `backward` returns, overwriting it."""
         ...
+
+
+def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
+    """Whether the forward pass may compute the gradients for an upstream gradient of 1.
+
+    Not in float16: gradients without the upstream gradient of a loss scaler in them underflow.
+    Not for weights: their gradients need temporaries, and are summed up to another shape.
+    """
+    needs_input, needs_target, needs_inside, needs_outside = needs
+    return (
+        problem.reduce
+        and not (needs_inside or needs_outside)
+        and not (needs_input and problem.input.dtype == torch.float16)
+        and not (needs_target and problem.target.dtype == torch.float16)
+    )
 
 
 def is_mask(weights: Tensor | float) -> bool:

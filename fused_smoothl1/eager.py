@@ -114,11 +114,20 @@ def composition(problem: Problem) -> Tensor:
 
 def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients connected to the graph of the operands and of `upstream`."""
-    # Aliases, because an operand may be another one too, or have been computed from it.
-    aliases: list[Any] = [v.view_as(v) if isinstance(v, Tensor) else v for v in problem[:4]]
-    loss = composition(Problem._make([*aliases, *problem[4:]]))
-    wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True))
+
+    def loss_of(*wanted: Tensor) -> Tensor:
+        values = iter(wanted)
+        operands: list[Any] = [
+            next(values) if needed else operand
+            for operand, needed in zip(problem[:4], needs, strict=True)
+        ]
+        return composition(Problem._make([*operands, *problem[4:]]))
+
+    wanted = [v for v, needed in zip(problem[:4], needs, strict=True) if needed]
+    if not wanted:
+        return None, None, None, None
+    pullback = torch.func.vjp(loss_of, *wanted)[1]
+    found = iter(pullback(upstream))
     grad_input, grad_target, grad_inside, grad_outside = (
         next(found) if needed else None for needed in needs
     )

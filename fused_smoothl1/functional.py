@@ -1,29 +1,20 @@
-"""The function: its signature and documentation, the checks of its arguments, and the dispatch."""
+"""The function: its signature, its documentation, and the checks of its arguments."""
 
 import math
-import os
-import warnings
-from functools import cache, reduce
-from importlib.util import find_spec
 from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fused_smoothl1 import eager
+from fused_smoothl1 import ops
 from fused_smoothl1.autograd import SmoothL1
-from fused_smoothl1.contract import MASK_DTYPES, NOTHING, Backend, Problem
+from fused_smoothl1.contract import FLOAT_DTYPES, MASK_DTYPES, NOTHING, make_problem
+from fused_smoothl1.dispatch import backend_for, is_plain
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-BACKENDS = ("auto", "eager", "triton")
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 WEIGHT_DTYPES = FLOAT_DTYPES + INTEGER_DTYPES + MASK_DTYPES
-# The device types for which Triton generates code ("cuda" is also ROCm's name in PyTorch).
-TRITON_DEVICES = ("cuda", "xpu")
-# The oldest NVIDIA architecture that Triton supports.
-MINIMUM_CAPABILITY = (7, 5)
 
 Weights = Tensor | float | None
 
@@ -123,23 +114,19 @@ def smooth_l1_loss(
     inside = _checked_weights("inside_weights", inside_weights, input)
     outside = _checked_weights("outside_weights", outside_weights, input)
     operands = (input, target, inside, outside)
-    dtype = _promoted_dtype(operands)
-    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    reduced = reduction != "none"
-    problem = Problem(
+    problem = make_problem(
         *operands,
         divisor=_checked_divisor(reduction, normalizer, input),
-        # float32 has no number for a larger one, and no difference either.
-        beta=min(_checked_beta(sigma, beta), torch.finfo(compute_dtype).max),
-        reduce=reduced,
-        compute_dtype=compute_dtype,
-        loss_dtype=compute_dtype if reduced else dtype,
+        beta=_checked_beta(sigma, beta),
+        reduce=reduction != "none",
     )
-    backend = _backend_for(input)
+    if not is_plain(operands):
+        return ops.smooth_l1(problem)
+    backend = backend_for(input)
     if torch.is_grad_enabled() and any(
         isinstance(operand, Tensor) and operand.requires_grad for operand in operands
     ):
-        return cast(Tensor, SmoothL1.apply(*operands, problem, backend))  # type: ignore[no-untyped-call]
+        return cast(Tensor, SmoothL1.apply(*operands, problem, backend))
     return backend.forward(problem, NOTHING)[0]
 
 
@@ -147,52 +134,6 @@ def check_options(sigma: float | None, beta: float | None, reduction: str) -> No
     """Raise what `smooth_l1_loss` would raise for these options."""
     _checked_beta(sigma, beta)
     _check_reduction(reduction)
-
-
-def _backend_for(input: Tensor) -> Backend:
-    """Choose the backend. This is the only place that does."""
-    choice = os.environ.get("FUSED_SMOOTHL1_BACKEND", "auto")
-    if choice not in BACKENDS:
-        raise ValueError(
-            f"FUSED_SMOOTHL1_BACKEND must be one of {', '.join(BACKENDS)}, got {choice!r}"
-        )
-    device = input.device
-    if choice == "eager" or (choice == "auto" and device.type not in TRITON_DEVICES):
-        return eager
-    if input.numel() == 0:
-        return eager  # There is nothing to launch a kernel for.
-    backend, obstacle = _triton_backend(device)
-    if backend is not None:
-        return backend
-    if choice == "triton":
-        raise RuntimeError(f"FUSED_SMOOTHL1_BACKEND=triton, but {obstacle}")
-    _warn_once(f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}")
-    return eager
-
-
-@cache
-def _triton_backend(device: torch.device) -> tuple[Backend | None, str]:
-    """Return the kernel's backend, or None and the reason why it cannot serve this device."""
-    if find_spec("triton") is None:
-        return None, "Triton is not installed: pip install triton"
-    if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MINIMUM_CAPABILITY:
-            return None, f"Triton needs compute capability 7.5, and {device} has {capability}"
-    # Imported here because it imports Triton, which importing this package must not need.
-    from fused_smoothl1 import launch
-
-    if device.type not in TRITON_DEVICES and not launch.INTERPRETED:
-        return None, (
-            f"no kernel can be compiled for a tensor on {device}: set TRITON_INTERPRET=1 before "
-            "Triton is first imported to run the kernel in Triton's interpreter"
-        )
-    return launch, ""
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -267,9 +208,9 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
     _check_reduction(reduction)
     if normalizer is None:
         if reduction == "mean":
-            return float(max(input.numel(), 1))
+            return max(input.numel(), 1)
         if reduction == "batchmean" and input.dim() > 0:
-            return float(max(input.shape[0], 1))
+            return max(input.shape[0], 1)
         return 1.0
     if reduction != "sum":
         raise ValueError(
@@ -291,8 +232,3 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
         )
     _check_device("normalizer", normalizer, input)
     return normalizer
-
-
-def _promoted_dtype(operands: tuple[Tensor | float, ...]) -> torch.dtype:
-    dtypes = [v.dtype for v in operands if isinstance(v, Tensor) and v.dtype in FLOAT_DTYPES]
-    return reduce(torch.promote_types, dtypes)

@@ -13,7 +13,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
-from typing import Any
 
 import hypothesis
 import numpy as np
@@ -42,29 +41,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def _repair_the_interpreter() -> None:
-    """Make the interpreter round float32 to bfloat16 as hardware does: to nearest, ties to even.
-
-    It cuts the bits off instead (Triton 3.7.1, `_convert_float`), so a kernel could not be held to
-    the one rounding that its results may have. This repairs the instrument, not what it measures:
-    compiled code rounds by the machine's own instruction, and eager PyTorch like it.
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    original = interpreter._convert_float
-
-    def convert(values: Any, source: Any, destination: Any, rounding: Any) -> Any:
-        if (source, destination) != (tl.float32, tl.bfloat16):
-            return original(values, source, destination, rounding)
-        # The interpreter holds a bfloat16 as the upper half of a float32's bits.
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-        halves = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-        return halves.reshape(values.shape)
-
-    interpreter._convert_float = convert
+def _poison(on: bool) -> None:
+    # A property of a module that is an object, which type checkers do not know.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", on)  # noqa: B010
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,9 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # they work.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
-        _repair_the_interpreter()
+    _poison(True)
     for harmless in (
         # Deterministic mode is here for the NaN fill only; what it says about other operators of
         # PyTorch is not a finding about this package.
@@ -107,9 +84,9 @@ def _rounded_bfloat16() -> None:
 @pytest.fixture
 def unpoisoned() -> Iterator[None]:
     """Leave uninitialised memory alone: for tests that reserve far more than they touch."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    _poison(False)
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    _poison(True)
 
 
 @pytest.fixture(scope="session")

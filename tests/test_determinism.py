@@ -7,7 +7,6 @@ partial sums in an order of its own.
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -29,16 +28,21 @@ def _operands(n: int, device: str, dtype: torch.dtype = torch.float32) -> list[T
     spread = torch.logspace(-5, 4, n, dtype=torch.float64)[torch.randperm(n, generator=_seeded())]
     input = (gaussian(n, seed=1, dtype=torch.float64) * spread).to(dtype).to(device)
     target = gaussian(n, seed=2, dtype=dtype, device=device)
-    return [input.requires_grad_(), target.requires_grad_(), coin(n, seed=3, device=device)]
+    mask, weights = coin(n, seed=3, device=device), gaussian(n, seed=4, device=device)
+    return [input.requires_grad_(), target.requires_grad_(), mask, weights]
 
 
 def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _run(operands: list[Tensor], **options: Any) -> list[Tensor]:
-    weights = gaussian(operands[0].numel(), seed=4, device=str(operands[0].device))
-    loss = smooth_l1_loss(*operands, weights, sigma=2.0, **options)
+def _loss(operands: list[Tensor], reduction: str = "mean") -> Tensor:
+    input, target, mask, weights = operands
+    return smooth_l1_loss(input, target, mask, weights, sigma=2.0, reduction=reduction)
+
+
+def _run(operands: list[Tensor], reduction: str = "mean") -> list[Tensor]:
+    loss = _loss(operands, reduction)
     assert loss.isfinite().all()
     above = torch.full_like(loss, 1.7)
     return [loss.detach(), *torch.autograd.grad(loss, operands[:2], above)]
@@ -155,18 +159,17 @@ def test_replayed_graph(triton_backend: str) -> None:
     """A captured launch keeps a ticket of its own: replays and eager calls do not meet in one."""
     operands = _operands(1_000_003, "cuda")
     first = _run(operands, reduction="sum")
-    weights = gaussian(operands[0].numel(), seed=4, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        smooth_l1_loss(*operands, weights, sigma=2.0, reduction="sum")
+        _loss(operands, reduction="sum")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = smooth_l1_loss(*operands, weights, sigma=2.0, reduction="sum")
+        loss = _loss(operands, reduction="sum")
     for _ in range(20):
         graph.replay()
-        eager = smooth_l1_loss(*operands, weights, sigma=2.0, reduction="sum")
+        eager = _loss(operands, reduction="sum")
         torch.cuda.synchronize()
         assert torch.equal(loss, first[0])
         assert torch.equal(eager, first[0])

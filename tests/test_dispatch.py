@@ -64,8 +64,8 @@ def test_public_face() -> None:
 def test_docstring_states_the_decisions() -> None:
     """Whoever reads help() finds each decision of the contract."""
     text = smooth_l1_loss.__doc__ or ""
-    words = ("sigma", "beta", "batchmean", "normalizer", "mask", "bool", "uint8", "NaN", "empty")
-    words += ("float16", "float32", "ValueError", "TypeError", "FUSED_SMOOTHL1_BACKEND")
+    words = ["sigma", "beta", "batchmean", "normalizer", "mask", "bool", "uint8", "NaN", "empty"]
+    words += ["float16", "float32", "ValueError", "TypeError", "FUSED_SMOOTHL1_BACKEND"]
     for word in words:
         assert word in text, f"the docstring does not speak of {word}"
     assert fused_smoothl1.SmoothL1Loss.__doc__

@@ -38,7 +38,7 @@ def _operands(
 
 
 def _composition(
-    input: Tensor, target: Tensor, inside: Tensor, outside: Tensor, reduction: str
+    input: Tensor, target: Tensor, inside: Tensor, outside: Tensor, *, reduction: str
 ) -> Tensor:
     x = inside * (input - target)
     loss = outside * F.smooth_l1_loss(x, torch.zeros_like(x), beta=BETA, reduction="none")
@@ -98,7 +98,7 @@ def test_gradient_penalty_is_eager(
     results = []
     for function in (
         lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction),
-        lambda *t: _composition(*t, reduction),
+        lambda *t: _composition(*t, reduction=reduction),
     ):
         operands = _operands(device, dtype=dtype)
         loss = function(*operands).sum()
@@ -136,14 +136,14 @@ def test_third_order(backend: str, device: str) -> None:
     results = []
     for function in (
         lambda *t: smooth_l1_loss(*t, beta=BETA, reduction="sum"),
-        lambda *t: _composition(*t, "sum"),
+        lambda *t: _composition(*t, reduction="sum"),
     ):
         operands = _operands(device, "full")
         loss = function(*operands)
         first = torch.autograd.grad(loss, operands, create_graph=True)
-        total = sum((g**3).sum() for g in first)
+        total = torch.stack([(g**3).sum() for g in first]).sum()
         second = torch.autograd.grad(total, operands, create_graph=True)
-        third = torch.autograd.grad(sum((g**2).sum() for g in second), operands)
+        third = torch.autograd.grad(torch.stack([(g**2).sum() for g in second]).sum(), operands)
         results.append(third)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)

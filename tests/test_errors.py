@@ -246,4 +246,4 @@ def test_options_are_keywords_and_unknown_ones_raise(keywords: Any, device: str)
         _call(device, **keywords)()
     operand = torch.zeros(SHAPE, device=device)
     with pytest.raises(TypeError, match="positional"):
-        smooth_l1_loss(operand, operand, None, None, 3.0)  # type: ignore[misc]
+        smooth_l1_loss(operand, operand, None, None, 3.0)  # type: ignore[call-arg]

@@ -53,12 +53,11 @@ def _watched(device: str) -> Iterator[Usage]:
         usage.peak = torch.cuda.max_memory_allocated() - before
         usage.kept = torch.cuda.memory_allocated() - before
         return
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    profile: Any = torch.autograd.profiler.profile(profile_memory=True)
+    with profile:
         yield usage
         gc.collect()
-    results = profile.kineto_results
-    assert results is not None
-    events = [e for e in results.events() if e.name() == "[memory]"]
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     assert events, "the profiler saw no allocation"
     for event in sorted(events, key=lambda e: e.start_ns()):
         usage.kept += event.nbytes()

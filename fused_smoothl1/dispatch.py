@@ -1,0 +1,106 @@
+"""Which backend computes a call. This is the only place that chooses."""
+
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_smoothl1 import eager
+from fused_smoothl1.contract import Backend
+
+CHOICES = ("auto", "eager", "triton")
+# The device types for which Triton generates code ("cuda" is also ROCm's name in PyTorch).
+TRITON_DEVICES = ("cuda", "xpu")
+# The oldest NVIDIA architecture that Triton supports.
+MINIMUM_CAPABILITY = (7, 5)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter, float)
+
+
+def backend_for(input: Tensor) -> Backend:
+    """Return the backend that computes the loss of this input."""
+    backend = backend_on(input.device)
+    # Without elements there is nothing to launch a kernel for.
+    return backend if input.numel() else eager
+
+
+def backend_on(device: torch.device) -> Backend:
+    """Return the backend that computes on this device.
+
+    Raises:
+        ValueError: if FUSED_SMOOTHL1_BACKEND has a value that is not allowed.
+        RuntimeError: if it is ``triton`` and Triton cannot serve this device.
+    """
+    choice = os.environ.get("FUSED_SMOOTHL1_BACKEND", "auto")
+    if choice not in CHOICES:
+        raise ValueError(
+            f"FUSED_SMOOTHL1_BACKEND must be one of {', '.join(CHOICES)}, got {choice!r}"
+        )
+    if choice == "eager" or (choice == "auto" and device.type not in TRITON_DEVICES):
+        return eager
+    backend, obstacle = _triton_on(device)
+    if backend is not None:
+        return backend
+    if choice == "triton":
+        raise RuntimeError(f"FUSED_SMOOTHL1_BACKEND=triton, but {obstacle}")
+    _warn_once(f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}")
+    return eager
+
+
+def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
+    """Whether PyTorch executes this call as it stands, with nothing between it and the tensors.
+
+    Compilation, export, tracing, functorch's transforms, forward-mode AD, and subclasses like
+    DTensor and FakeTensor must see operations that they know, not a kernel launch or a write into
+    scratch memory.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not is_transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(operand) in PLAIN_TYPES for operand in operands)
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of functorch or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_eager(device: torch.device) -> bool:
+    """Whether eager PyTorch computes on this device."""
+    return backend_on(device) is eager
+
+
+# What torch.compiler.assume_constant_result does: torch.compile asks these while it traces instead
+# of tracing them. To call it here would import all of torch.compile, and Triton with it.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
+    """Return the kernel's backend, or None and the reason why it cannot serve this device."""
+    if find_spec("triton") is None:
+        return None, "Triton is not installed: pip install triton"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return None, f"Triton needs compute capability 7.5, and {device} has {capability}"
+    # Imported here because it imports Triton, which importing this package must not need.
+    from fused_smoothl1 import launch
+
+    if device.type not in TRITON_DEVICES and not launch.INTERPRETED:
+        return None, (
+            f"no kernel can be compiled for a tensor on {device}: set TRITON_INTERPRET=1 before "
+            "Triton is first imported to run the kernel in Triton's interpreter"
+        )
+    return launch, ""
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
