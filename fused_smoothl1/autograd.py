@@ -13,6 +13,7 @@ from fused_smoothl1.contract import (
     Needs,
     Problem,
     gradient_in_forward,
+    has_masks,
 )
 
 
@@ -39,29 +40,32 @@ class SmoothL1(torch.autograd.Function):
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
         ctx.gradients = gradients if now else None
         ctx.backend = backend
-        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in problem[:5]))
-        ctx.constants = tuple(None if isinstance(v, Tensor) else v for v in problem)
+        ctx.has_masks = has_masks(problem)
+        ctx.save_for_backward(*[v if isinstance(v, Tensor) else None for v in problem[:5]])
+        ctx.constants = [None if isinstance(v, Tensor) else v for v in problem]
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the four operands."""
         (upstream,) = upstreams
-        needs: Needs = ctx.needs_input_grad[:4]
-        # Raises if an operand was modified in place since, or if the graph was freed.
-        saved = ctx.saved_tensors
-        constants = ctx.constants
-        operands = (c if s is None else s for s, c in zip(saved, constants[:5], strict=True))
-        problem = Problem(*operands, *constants[5:])
-
-        if torch.is_grad_enabled():
-            # The caller wants to differentiate what this returns: a saved gradient has no graph.
-            return *eager.differentiable_backward(problem, upstream, needs), None, None
-        # The saved gradient is overwritten and handed out, so it serves one backward only.
+        backend: Backend = ctx.backend
+        # What the forward pass computed is overwritten and handed out, so it serves one backward
+        # only; and it has no graph for a caller who wants to differentiate it.
         gradients: Gradients | None = ctx.gradients
         ctx.gradients = None
-        if gradients is None:
-            gradients = ctx.backend.backward(problem, upstream, needs)
-        else:
-            gradients = ctx.backend.rescale(problem, gradients, upstream, needs)
-        return *gradients, None, None
+        if torch.is_grad_enabled():
+            gradients = None
+        if gradients is not None and not ctx.has_masks:
+            return *backend.rescale(gradients, upstream), None, None
+
+        # Raises if an operand was modified in place since, or if the graph was freed.
+        saved = ctx.saved_tensors
+        operands = [c if s is None else s for s, c in zip(saved, ctx.constants[:5], strict=True)]
+        problem = Problem(*operands, *ctx.constants[5:])
+        needs: Needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return *eager.differentiable_backward(problem, upstream, needs), None, None
+        if gradients is not None:
+            return *backend.refresh(problem, gradients, upstream, needs), None, None
+        return *backend.backward(problem, upstream, needs), None, None

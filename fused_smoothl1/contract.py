@@ -54,15 +54,14 @@ def make_problem(
     reduce: bool,
 ) -> Problem:
     """Return the problem with its dtypes, which the operands decide."""
-    dtypes = {
-        operand.dtype
-        for operand in (input, target, inside, outside)
-        if isinstance(operand, Tensor) and operand.dtype in FLOAT_DTYPES
-    }
-    # torch.promote_types, which would leave an operation of its own in a traced graph.
+    # As torch.promote_types, which would leave an operation of its own in a traced graph.
     promoted = input.dtype
-    if len(dtypes) > 1:
-        promoted = torch.float64 if torch.float64 in dtypes else torch.float32
+    for operand in (target, inside, outside):
+        if isinstance(operand, Tensor) and operand.dtype != promoted:
+            if operand.dtype == torch.float64 or promoted == torch.float64:
+                promoted = torch.float64
+            elif operand.dtype in FLOAT_DTYPES:
+                promoted = torch.float32
     compute_dtype = torch.float64 if promoted == torch.float64 else torch.float32
     return Problem(
         input,
@@ -92,10 +91,18 @@ class Backend(Protocol):
         """Return the needed gradients for an upstream gradient of the loss's shape."""
         ...
 
-    def rescale(
+    def rescale(self, gradients: Gradients, upstream: Tensor) -> Gradients:
+        """Multiply what `forward` returned by an upstream gradient, overwriting it.
+
+        Not where there are masks: the product would make NaN of what they exclude if the upstream
+        gradient is not finite.
+        """
+        ...
+
+    def refresh(
         self, problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs
     ) -> Gradients:
-        """Turn what `forward` returned into what `backward` returns, overwriting it."""
+        """Return what `backward` does, given what `forward` returned, which may be overwritten."""
         ...
 
 
@@ -129,13 +136,14 @@ def full_size_gradients(problem: Problem, needs: Needs) -> Gradients:
 
     Those of weights have the compute dtype, because what is summed up must not be rounded before.
     """
-    input, target = problem.input, problem.target
-    dtypes = (input.dtype, target.dtype, problem.compute_dtype, problem.compute_dtype)
-    grad_input, grad_target, grad_inside, grad_outside = (
-        torch.empty_like(input, dtype=dtype) if needed else None
-        for needed, dtype in zip(needs, dtypes, strict=True)
+    input, dtype = problem.input, problem.compute_dtype
+    needs_input, needs_target, needs_inside, needs_outside = needs
+    return (
+        torch.empty_like(input) if needs_input else None,
+        torch.empty_like(input, dtype=problem.target.dtype) if needs_target else None,
+        torch.empty_like(input, dtype=dtype) if needs_inside else None,
+        torch.empty_like(input, dtype=dtype) if needs_outside else None,
     )
-    return grad_input, grad_target, grad_inside, grad_outside
 
 
 def sum_to_weights(problem: Problem, gradients: Gradients) -> Gradients:

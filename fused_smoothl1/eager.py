@@ -1,7 +1,7 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
-`forward`, `backward` and `rescale` keep the contract of `contract.Backend`. They go through the
-operands block by block, in place, so that one small scratch buffer is all they need beside the
+`forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`. They go
+through the operands block by block, in place, so that a small scratch is all they need beside the
 results. `composition` is the same loss once more as a chain of differentiable operations, for those
 who need its graph: double backward, and transformations that trace through it.
 """
@@ -21,7 +21,6 @@ from fused_smoothl1.contract import (
     Needs,
     Problem,
     full_size_gradients,
-    has_masks,
     is_mask,
     sum_to_weights,
 )
@@ -64,18 +63,18 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     return sum_to_weights(problem, gradients)
 
 
-def rescale(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
     """Multiply what `forward` returned by the upstream gradient, in place."""
-    # Only the CPU can look at a value without waiting for a device.
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradients
-    if has_masks(problem):
-        # A product would make NaN of what is not selected if the upstream gradient is not finite.
-        return backward(problem, upstream, needs)
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.mul_(upstream)
+    if not _is_known_to_be_one(upstream):
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(upstream)
     return gradients
+
+
+def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+    """Return the gradients that `forward` returned if they hold, and others otherwise."""
+    return gradients if _is_known_to_be_one(upstream) else backward(problem, upstream, needs)
 
 
 def composition(problem: Problem) -> Tensor:
@@ -134,6 +133,11 @@ def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) ->
     return grad_input, grad_target, grad_inside, grad_outside
 
 
+def _is_known_to_be_one(upstream: Tensor) -> bool:
+    """Whether the upstream gradient is 1, as far as one can tell without waiting for a device."""
+    return upstream.device.type == "cpu" and upstream.item() == 1
+
+
 def _is_one(weights: Tensor | float) -> bool:
     return not isinstance(weights, Tensor) and weights == 1
 
@@ -172,38 +176,42 @@ def _evaluate(
     whole = _Block(*problem[:4], factor, loss, *gradients)
     inverse_beta = problem.inverse_beta
     sums: list[Tensor] = []
-    scratch: Tensor | None = None
     for block in _blocks(whole):
-        numel = block.input.numel()
-        if scratch is None:  # The first block is the largest.
-            scratch = problem.input.new_empty(3 * numel, dtype=problem.compute_dtype)
-        tensors = scratch[: 3 * numel].view(3, *block.input.shape)
-        block_sum = _evaluate_block(block, problem.beta, inverse_beta, tensors, want_sum)
+        block_sum = _evaluate_block(block, problem, inverse_beta, want_sum)
         if block_sum is not None:
             sums.append(block_sum)
     return sums
 
 
 def _evaluate_block(
-    block: _Block, beta: float, inverse_beta: float, scratch: Tensor, want_sum: bool
+    block: _Block, problem: Problem, inverse_beta: float, want_sum: bool
 ) -> Tensor | None:
-    """Evaluate one block; `scratch` are three tensors of its shape and of the compute dtype."""
-    x, slope, clamped = scratch
+    """Evaluate one block. Its temporaries are few and small, and the next block reuses them."""
     inside = 1.0 if is_mask(block.inside) else block.inside
     outside = 1.0 if is_mask(block.outside) else block.outside
     excluded = _excluded(block)
 
-    _subtract(block.input, block.target, out=x)
+    x = _difference(block, problem.compute_dtype)
     if not _is_one(inside):
         x.mul_(inside)
 
     # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
-    torch.mul(x, inverse_beta, out=slope).clamp_(-1, 1)
+    slope = block.grad_input  # Which it becomes, in place.
+    if slope is not None and slope.dtype != x.dtype:
+        slope = None
+    if inverse_beta == 1:
+        clamped = slope = torch.clamp(x, -1, 1, out=slope)
+    else:
+        clamped = None
+        slope = torch.mul(x, inverse_beta, out=slope).clamp_(-1, 1)
     if inverse_beta == math.inf:
         slope.masked_fill_(x == 0, 0)  # 0 times inf.
+
     block_sum: Tensor | None = None
     if want_sum or block.loss is not None or block.grad_outside is not None:
-        loss = x.sub_(torch.clamp(x, -beta, beta, out=clamped), alpha=0.5).mul_(slope)
+        if clamped is None:
+            clamped = x.clamp(-problem.beta, problem.beta)
+        loss = x.sub_(clamped, alpha=0.5).mul_(slope)
         if block.grad_outside is not None:
             _write(block.grad_outside, torch.mul(loss, block.factor), excluded)
         if not _is_one(outside):
@@ -215,31 +223,32 @@ def _evaluate_block(
         if want_sum:
             block_sum = loss.sum()
 
-    if all(g is None for g in (block.grad_input, block.grad_target, block.grad_inside)):
+    if block.grad_input is None and block.grad_target is None and block.grad_inside is None:
         return block_sum
     grad_x = slope if _is_one(outside) else slope.mul_(outside)
     if not _is_one(block.factor):
         grad_x.mul_(block.factor)
     if block.grad_inside is not None:
-        difference = _subtract(block.input, block.target, out=x)
+        difference = _difference(block, problem.compute_dtype)
         _write(block.grad_inside, difference.mul_(grad_x), excluded)
     gradient = grad_x if _is_one(inside) else grad_x.mul_(inside)
+    if block.grad_target is not None:
+        _write(block.grad_target, -gradient, excluded)
     if block.grad_input is not None:
         _write(block.grad_input, gradient, excluded)
-    if block.grad_target is not None:
-        _write(block.grad_target, gradient.neg_(), excluded)
     return block_sum
 
 
-def _subtract(input: Tensor, target: Tensor, out: Tensor) -> Tensor:
-    if input.dtype == target.dtype == out.dtype:
-        return torch.sub(input, target, out=out)
-    # With `out` alone, the difference would be rounded to the operands' dtype first.
-    return out.copy_(input).sub_(target)
+def _difference(block: _Block, dtype: torch.dtype) -> Tensor:
+    # Converted before the subtraction, which would round to the operands' dtype otherwise.
+    if block.input.dtype == dtype:
+        return torch.sub(block.input, block.target)
+    return block.input.to(dtype).sub_(block.target)
 
 
 def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
-    gradient.copy_(values)
+    if gradient is not values:
+        gradient.copy_(values)
     if excluded is not None:
         gradient.masked_fill_(excluded, 0)
 

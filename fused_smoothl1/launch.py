@@ -79,33 +79,35 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     return sum_to_weights(problem, gradients)
 
 
-def rescale(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
-    """Multiply what `forward` returned by the upstream gradient, in place and in one launch.
-
-    With masks the gradients are computed anew: a product would make NaN of what is not selected if
-    the upstream gradient is not finite, and what is not selected need not be loaded.
-    """
-    if has_masks(problem):
-        _launch(problem, upstream, None, gradients, unless_one=True)
+def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
+    """Multiply what `forward` returned by the upstream gradient, in place and in one launch."""
+    first, *others = [gradient for gradient in gradients if gradient is not None]
+    numel = first.numel()
+    if not others and numel < MULTIPLY_BELOW:
+        first.mul_(upstream)
         return gradients
-    present = [gradient for gradient in gradients if gradient is not None]
-    numel = problem.input.numel()
-    if len(present) == 1 and numel < MULTIPLY_BELOW:
-        present[0].mul_(upstream)
-        return gradients
-    block = TILE_BYTES // min(gradient.element_size() for gradient in present)
-    with _device_of(problem.input):
-        rescale_kernel[(_programs(problem.input.device, numel, block),)](
+    block = TILE_BYTES // min(gradient.element_size() for gradient in (first, *others))
+    with _device_of(first):
+        rescale_kernel[(_programs(first.device, numel, block),)](
             gradients[0],
             gradients[1],
             upstream,
             numel,
-            TRITON_DTYPES[problem.compute_dtype],
+            TRITON_DTYPES[upstream.dtype],
             tl.int64 if numel + block > INT32_MAX else tl.int32,
             block,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
+    return gradients
+
+
+def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+    """Compute the gradients anew, in place and in one launch, unless the upstream gradient is 1.
+
+    What masks exclude is not even loaded, so this may be less work than a product.
+    """
+    _launch(problem, upstream, None, gradients, unless_one=True)
     return gradients
 
 
