@@ -91,8 +91,10 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
         if capability < MINIMUM_CAPABILITY:
             return None, f"Triton needs compute capability 7.5, and {device} has {capability}"
     # Imported here because it imports Triton, which importing this package must not need.
-    from fused_smoothl1 import launch
-
+    try:
+        from fused_smoothl1 import launch
+    except ImportError as error:
+        return None, f"Triton cannot be imported: {error}"
     if device.type not in TRITON_DEVICES and not launch.INTERPRETED:
         return None, (
             f"no kernel can be compiled for a tensor on {device}: set TRITON_INTERPRET=1 before "

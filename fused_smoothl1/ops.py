@@ -6,6 +6,8 @@ separate arguments, because a schema has no argument that is either. A result th
 a tensor of no elements, because it has no optional results.
 """
 
+import sys
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ def smooth_l1(problem: Problem) -> Tensor:
     # functorch need; and in eager PyTorch it is what a compiler fuses best.
     if is_transformed() or is_eager(problem.input.device):
         return eager.composition(problem)
+    _register_sharding()
     needs = _needs(problem) if torch.is_grad_enabled() else NOTHING
     now = gradient_in_forward(problem, needs)
     results: tuple[Tensor, Tensor, Tensor] = forward(
@@ -228,6 +231,16 @@ def _unbatched_shape(dim: int | None, value: Tensor | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value.shape if dim is None else value.movedim(dim, 0).shape[1:])
+
+
+def _register_sharding() -> None:
+    """Tell DTensor how to shard the operators, if it is in use: importing it takes a second."""
+    if "torch.distributed.tensor" in sys.modules:
+        import_module("fused_smoothl1.sharding")
+
+
+# As in `dispatch`: torch.compile calls this while it traces.
+_register_sharding._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _needs(problem: Problem) -> Needs:

@@ -80,6 +80,19 @@ def test_gradient_of_a_weight_over_many_rows(backend: str, device: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradient_of_a_weight_is_rounded_after_the_sum(
+    dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Terms near 1000 of both signs: rounded one by one, their sum would be off by a tenth."""
+    difference = 1000 + gaussian(2000, seed=1, device=device)
+    difference[::2] += 1.0
+    sign = torch.ones(2000, device=device)
+    sign[1::2] = -1.0
+    inside = torch.ones(1, dtype=dtype, device=device, requires_grad=True)
+    check(difference, torch.zeros_like(difference), inside, sign, reduction="sum")
+
+
 UPSTREAM = [0.0, -0.0, 1.0, -1.0, 3.7, 1e-30, 1e30, math.inf, -math.inf, math.nan]
 
 
