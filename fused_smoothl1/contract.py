@@ -1,7 +1,7 @@
 """What a backend is given and what it gives back: the one contract that both of them keep."""
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     )
 
 
-def is_mask(weights: Tensor | float) -> bool:
+def is_mask(weights: Tensor | float) -> TypeGuard[Tensor]:
     """Whether these weights select elements instead of multiplying them."""
     return isinstance(weights, Tensor) and weights.dtype in MASK_DTYPES
 

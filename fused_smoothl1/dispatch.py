@@ -17,7 +17,7 @@ CHOICES = ("auto", "eager", "triton")
 TRITON_DEVICES = ("cuda", "xpu")
 # The oldest NVIDIA architecture that Triton supports.
 MINIMUM_CAPABILITY = (7, 5)
-PLAIN_TYPES = (Tensor, torch.nn.Parameter, float)
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float))
 
 
 def backend_for(input: Tensor) -> Backend:
@@ -61,7 +61,7 @@ def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
         not torch.compiler.is_compiling()
         and not is_transformed()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(operand) in PLAIN_TYPES for operand in operands)
+        and PLAIN_TYPES.issuperset(map(type, operands))
     )
 
 

@@ -175,28 +175,29 @@ def _evaluate(
     """
     whole = _Block(*problem[:4], factor, loss, *gradients)
     inverse_beta = problem.inverse_beta
-    sums: list[Tensor] = []
-    for block in _blocks(whole):
-        block_sum = _evaluate_block(block, problem, inverse_beta, want_sum)
-        if block_sum is not None:
-            sums.append(block_sum)
-    return sums
+    sums = [_evaluate_block(block, problem, inverse_beta, want_sum) for block in _blocks(whole)]
+    return [block_sum for block_sum in sums if block_sum is not None]
 
 
 def _evaluate_block(
     block: _Block, problem: Problem, inverse_beta: float, want_sum: bool
 ) -> Tensor | None:
     """Evaluate one block. Its temporaries are few and small, and the next block reuses them."""
-    inside = 1.0 if is_mask(block.inside) else block.inside
-    outside = 1.0 if is_mask(block.outside) else block.outside
-    excluded = _excluded(block)
+    input, target, inside, outside, factor, elementwise_loss, *gradients = block
+    grad_input, grad_target, grad_inside, grad_outside = gradients
+    excluded: Tensor | None = None
+    if is_mask(inside):
+        excluded, inside = inside == 0, 1.0
+    if is_mask(outside):
+        outside_excluded, outside = outside == 0, 1.0
+        excluded = outside_excluded if excluded is None else excluded | outside_excluded
 
-    x = _difference(block, problem.compute_dtype)
+    x = _difference(input, target, problem.compute_dtype)
     if not _is_one(inside):
         x.mul_(inside)
 
     # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
-    slope = block.grad_input  # Which it becomes, in place.
+    slope = grad_input  # Which it becomes, in place.
     if slope is not None and slope.dtype != x.dtype:
         slope = None
     if inverse_beta == 1:
@@ -208,42 +209,42 @@ def _evaluate_block(
         slope.masked_fill_(x == 0, 0)  # 0 times inf.
 
     block_sum: Tensor | None = None
-    if want_sum or block.loss is not None or block.grad_outside is not None:
+    if want_sum or elementwise_loss is not None or grad_outside is not None:
         if clamped is None:
             clamped = x.clamp(-problem.beta, problem.beta)
         loss = x.sub_(clamped, alpha=0.5).mul_(slope)
-        if block.grad_outside is not None:
-            _write(block.grad_outside, torch.mul(loss, block.factor), excluded)
+        if grad_outside is not None:
+            _write(grad_outside, torch.mul(loss, factor), excluded)
         if not _is_one(outside):
             loss.mul_(outside)
         if excluded is not None:
             loss.masked_fill_(excluded, 0)
-        if block.loss is not None:
-            block.loss.copy_(loss)
+        if elementwise_loss is not None:
+            elementwise_loss.copy_(loss)
         if want_sum:
             block_sum = loss.sum()
 
-    if block.grad_input is None and block.grad_target is None and block.grad_inside is None:
+    if grad_input is None and grad_target is None and grad_inside is None:
         return block_sum
     grad_x = slope if _is_one(outside) else slope.mul_(outside)
-    if not _is_one(block.factor):
-        grad_x.mul_(block.factor)
-    if block.grad_inside is not None:
-        difference = _difference(block, problem.compute_dtype)
-        _write(block.grad_inside, difference.mul_(grad_x), excluded)
+    if not _is_one(factor):
+        grad_x.mul_(factor)
+    if grad_inside is not None:
+        difference = _difference(input, target, problem.compute_dtype)
+        _write(grad_inside, difference.mul_(grad_x), excluded)
     gradient = grad_x if _is_one(inside) else grad_x.mul_(inside)
-    if block.grad_target is not None:
-        _write(block.grad_target, -gradient, excluded)
-    if block.grad_input is not None:
-        _write(block.grad_input, gradient, excluded)
+    if grad_target is not None:
+        _write(grad_target, -gradient, excluded)
+    if grad_input is not None:
+        _write(grad_input, gradient, excluded)
     return block_sum
 
 
-def _difference(block: _Block, dtype: torch.dtype) -> Tensor:
+def _difference(input: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     # Converted before the subtraction, which would round to the operands' dtype otherwise.
-    if block.input.dtype == dtype:
-        return torch.sub(block.input, block.target)
-    return block.input.to(dtype).sub_(block.target)
+    if input.dtype == dtype:
+        return torch.sub(input, target)
+    return input.to(dtype).sub_(target)
 
 
 def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
@@ -251,15 +252,6 @@ def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
         gradient.copy_(values)
     if excluded is not None:
         gradient.masked_fill_(excluded, 0)
-
-
-def _excluded(block: _Block) -> Tensor | None:
-    """Return where elements are not selected, in the masks' own common shape; None: nowhere."""
-    masks = [w for w in (block.inside, block.outside) if isinstance(w, Tensor) and is_mask(w)]
-    if not masks:
-        return None
-    excluded = masks[0] == 0
-    return excluded if len(masks) == 1 else excluded | (masks[1] == 0)
 
 
 def _blocks(whole: _Block) -> Iterator[_Block]:

@@ -155,12 +155,12 @@ def _check_device(name: str, value: Tensor, input: Tensor) -> None:
 def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
     if weights is None:
         return 1.0
-    if isinstance(weights, bool):
-        # A mask as well, of all elements or of none.
-        return torch.full((), weights, device=input.device)
-    if isinstance(weights, Real):
-        return float(weights)
     if not isinstance(weights, Tensor):
+        if isinstance(weights, bool):
+            # A mask as well, of all elements or of none.
+            return torch.full((), weights, device=input.device)
+        if isinstance(weights, Real):
+            return float(weights)
         raise TypeError(
             f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}"
         )
