@@ -1,6 +1,7 @@
 """Which backend computes a call. This is the only place that chooses."""
 
 import os
+import sys
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -105,4 +106,8 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    """Warn at the line that called into this package, be it through the function or the module."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].startswith(("fused_smoothl1.", "torch.nn.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

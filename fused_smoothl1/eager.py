@@ -13,7 +13,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name PyTorch users know it by)
 from torch import Tensor
 
 from fused_smoothl1.contract import (
@@ -96,10 +95,10 @@ def composition(problem: Problem) -> Tensor:
         weights = [torch.where(selected, w, 0) if isinstance(w, Tensor) else w for w in weights]
     inside, outside = weights
     x = difference if _is_one(inside) else inside * difference
-    if problem.beta > 0:
-        loss = F.smooth_l1_loss(
-            x, x.new_zeros(()).expand_as(x), reduction="none", beta=problem.beta
-        )
+    if problem.inverse_beta < math.inf:
+        # F.smooth_l1_loss gives gradients without the input's memory format.
+        clamped = x.clamp(-problem.beta, problem.beta)
+        loss = clamped / problem.beta * (x - 0.5 * clamped)
     else:
         loss = _sign(x.detach()) * x
     loss = loss if _is_one(outside) else outside * loss

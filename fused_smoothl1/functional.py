@@ -167,9 +167,9 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
     _check_tensor(name, weights, WEIGHT_DTYPES)
     _check_device(name, weights, input)
     shape, full = weights.shape, input.shape
-    if shape != full and (
-        len(shape) > len(full)
-        or any(n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))
+    # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
+    if len(shape) > len(full) or any(
+        n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False)
     ):
         raise ValueError(
             f"{name} must broadcast to input's shape {tuple(full)}, got shape {tuple(shape)}"

@@ -205,8 +205,9 @@ CHECKS: dict[str, Callable[[int, Any], None]] = {
         f"dtensor on dim {dim}, {reduction}, {weights} weights": _sharded(dim, reduction, weights)
         for dim in (0, 1)
         for reduction in ("none", "sum", "mean", "batchmean")
-        for weights in ("none", "replicated", "sharded")
+        for weights in ("replicated", "sharded")
     },
+    "dtensor with a mask alone": _sharded(0, "mean", "none"),
     "dtensor in uneven shards, mean": _sharded(0, "mean", "sharded", rows=7),
     "dtensor in uneven shards, batchmean": _sharded(0, "batchmean", "sharded", rows=7),
     "dtensor with an empty shard": _sharded(0, "mean", "sharded", rows=1),

@@ -1,0 +1,219 @@
+"""Which device goes to which backend, decided without any of the hardware.
+
+A device object needs no device, and what the dispatch asks about one (the architecture of a GPU,
+whether Triton is there) is replaced.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fused_smoothl1
+from fused_smoothl1 import dispatch, eager, smooth_l1_loss
+from tests.conftest import HAS_TRITON
+from tests.support import gaussian
+
+CACHES = (dispatch._triton_on, dispatch._warn_once)
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process() -> Iterator[None]:
+    """Forget what the dispatch has found out, and been warned of, as in a new process."""
+    for cache in CACHES:
+        cache.cache_clear()
+    yield
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _modern_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NVIDIA GPU that Triton serves, unless the test says otherwise."""
+    monkeypatch.delenv("FUSED_SMOOTHL1_BACKEND", raising=False)
+    _replace_gpu(monkeypatch, (9, 0))
+
+
+def _replace_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+
+
+def _launch() -> Any:
+    from fused_smoothl1 import launch
+
+    return launch
+
+
+def _silent(device: str) -> Any:
+    """Return the backend of this device, with any warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return dispatch.backend_on(torch.device(device))
+
+
+@needs_triton
+@pytest.mark.parametrize("choice", ["auto", "triton"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "xpu:0"])
+def test_kernel(device: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", choice)
+    assert _silent(device) is _launch()
+
+
+@needs_triton
+def test_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm calls its devices "cuda"; its architectures are numbered in another way."""
+    _replace_gpu(monkeypatch, (0, 0), hip="6.4")
+    assert _silent("cuda") is _launch()
+
+
+@needs_triton
+def test_xpu_is_not_asked_for_a_capability_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    _replace_gpu(monkeypatch, (0, 0))
+    assert _silent("xpu") is _launch()
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "mps", "hpu", "xla", "mtia", "privateuseone", "meta", "vulkan"]
+)
+def test_eager(device: str) -> None:
+    assert _silent(device) is eager
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "cpu"])
+def test_eager_by_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "eager")
+    _replace_gpu(monkeypatch, (6, 1))
+    _without_triton(monkeypatch)
+    assert _silent(device) is eager
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_new_enough(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    _replace_gpu(monkeypatch, capability)
+    assert _silent("cuda") is _launch()
+
+
+@pytest.mark.parametrize("capability", [(3, 7), (6, 1), (7, 0), (7, 2)])
+def test_too_old(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under auto the work is done, with one warning that says why; under triton it is refused."""
+    _replace_gpu(monkeypatch, capability)
+    device = torch.device("cuda", 0)
+    with pytest.warns(RuntimeWarning, match=r"eager.*cuda:0.*7\.5") as caught:
+        backends = [dispatch.backend_on(device) for _ in range(3)]
+    assert backends == [eager] * 3
+    assert len(caught) == 1
+    assert str(capability) in str(caught[0].message)
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*7\.5"):
+            dispatch.backend_on(device)
+
+
+@needs_triton
+def test_each_gpu_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may hold an old GPU beside a new one."""
+    capabilities = {0: (6, 1), 1: (8, 6)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    with pytest.warns(RuntimeWarning, match="cuda:0") as caught:
+        backends = [dispatch.backend_on(device) for device in devices]
+    assert backends == [eager, _launch()] * 2
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])
+def test_no_triton(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_triton(monkeypatch)
+    with pytest.warns(RuntimeWarning, match=r"eager.*install") as caught:
+        backends = [dispatch.backend_on(torch.device(device)) for _ in range(3)]
+    assert backends == [eager] * 3
+    assert len(caught) == 1
+    assert device in str(caught[0].message)
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*install"):
+        dispatch.backend_on(torch.device(device))
+
+
+def test_broken_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, but not to be imported: NumPy or a library of the driver may be missing."""
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.delattr(fused_smoothl1, "launch", raising=False)
+    monkeypatch.setitem(sys.modules, "fused_smoothl1.launch", None)
+    device = torch.device("cuda", 0)
+    with pytest.warns(RuntimeWarning, match=r"eager.*cannot be imported") as caught:
+        backends = [dispatch.backend_on(device) for _ in range(3)]
+    assert backends == [eager] * 3
+    assert len(caught) == 1
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*cannot be imported"):
+        dispatch.backend_on(device)
+
+
+def test_warning_points_at_the_call(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The line to look at is the user's, not one of this package."""
+    _without_triton(monkeypatch)
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
+    input = gaussian(6, 4, seed=1, device=device)
+    with pytest.warns(RuntimeWarning, match="fused_smoothl1") as caught:
+        losses = [smooth_l1_loss(input, torch.zeros_like(input)) for _ in range(2)]
+    assert torch.equal(*losses)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_fallback_computes(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The call that warns gives the loss and the gradient that eager PyTorch gives."""
+    _without_triton(monkeypatch)
+    input = gaussian(6, 4, seed=1, device=device, requires_grad=True)
+    target = torch.zeros_like(input)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
+        with pytest.warns(RuntimeWarning, match="eager"):
+            loss = smooth_l1_loss(input, target)
+        (gradient,) = torch.autograd.grad(loss, input)
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "eager")
+    expected = smooth_l1_loss(input, target)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, input)[0], rtol=0, atol=0)
+
+
+def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name on a device that Triton does not know: refused, with the way there."""
+    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
+    if HAS_TRITON:
+        monkeypatch.setattr(_launch(), "INTERPRETED", False)
+    match = "TRITON_INTERPRET=1" if HAS_TRITON else "install"
+    for device in ("mps", "cpu"):
+        with pytest.raises(RuntimeError, match=match):
+            dispatch.backend_on(torch.device(device))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("device", "properties", "expected"),
+    [
+        ("cuda", {"multi_processor_count": 132}, 132),
+        ("xpu", {"max_compute_units": 448}, 448),
+    ],
+)
+def test_size_of_a_grid_on_every_vendor(
+    device: str, properties: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a multiprocessor is called differs."""
+    launch = _launch()
+    module = SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(**properties))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    assert launch._multiprocessors.__wrapped__(torch.device(device, 0)) == expected

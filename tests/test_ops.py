@@ -1,0 +1,256 @@
+"""The registered operators: what torch.library asks of one, tracing without data, and export.
+
+`torch.library.opcheck` runs the operator real, fake and under AOTAutograd with static and dynamic
+shapes, and compares; that it mutates nothing and returns no alias is part of it.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_smoothl1 import ops, smooth_l1_loss
+from fused_smoothl1.contract import Problem, gradient_in_forward, make_problem
+from tests.support import backend_set, coin, gaussian
+from tests.variants import REDUCTIONS, VARIANTS, make, trained
+
+FORWARD = torch.ops.fused_smoothl1.forward.default
+BACKWARD = torch.ops.fused_smoothl1.backward.default
+
+
+def _problem(
+    *,
+    dtype: torch.dtype = torch.float32,
+    inside: Any = None,
+    outside: Any = None,
+    reduce: bool = True,
+    tensor_divisor: bool = False,
+    requires_grad: str = "input",
+    device: str,
+) -> Problem:
+    wanted = requires_grad.split()
+
+    def values(name: str, *shape: int, seed: int) -> Tensor:
+        return gaussian(*shape, seed=seed, dtype=dtype, device=device, requires_grad=name in wanted)
+
+    def weights(name: str, given: Any, seed: int) -> Any:
+        if isinstance(given, tuple):
+            return values(name, *given, seed=seed)
+        return 1.0 if given is None else given
+
+    divisor: Tensor | int = torch.tensor(3.0, device=device) if tensor_divisor else 24
+    return make_problem(
+        values("input", 6, 4, seed=1),
+        values("target", 6, 4, seed=2),
+        weights("inside", inside, 3),
+        weights("outside", outside, 4),
+        divisor if reduce else 1,
+        0.5,
+        reduce,
+    )
+
+
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nothing requires a gradient": {"requires_grad": ""},
+    "both gradients": {"requires_grad": "input target", "inside": (6, 1)},
+    "target alone": {"requires_grad": "target", "outside": (4,)},
+    "row mask": {"inside": "rows"},
+    "uint8 mask": {"inside": (4,), "outside": "uint8"},
+    "trained weights": {
+        "inside": (1, 4),
+        "outside": (),
+        "requires_grad": "input target inside outside",
+    },
+    "weights alone": {"inside": (6, 4), "outside": (6, 1), "requires_grad": "inside outside"},
+    "normalizer": {"tensor_divisor": True, "inside": 0.5, "outside": -2.0},
+    "none": {"reduce": False, "requires_grad": "input target"},
+    "none with trained weights": {
+        "reduce": False,
+        "inside": (6, 1),
+        "requires_grad": "input inside",
+    },
+    "float16": {"dtype": torch.float16, "requires_grad": "input target"},
+    "bfloat16 none": {"dtype": torch.bfloat16, "reduce": False, "outside": (6, 1)},
+    "float64": {"dtype": torch.float64, "inside": (6, 1), "tensor_divisor": True},
+}
+
+
+def _named(name: str, device: str) -> Problem:
+    settings = dict(PROBLEMS[name])
+    for weights in ("inside", "outside"):
+        if settings.get(weights) == "rows":
+            settings[weights] = coin(6, 1, seed=5, device=device)
+        elif settings.get(weights) == "uint8":
+            settings[weights] = coin(6, 4, seed=6, device=device).to(torch.uint8)
+    return _problem(**settings, device=device)
+
+
+def _forward_arguments(problem: Problem) -> tuple[Any, ...]:
+    needs = ops._needs(problem)
+    now = gradient_in_forward(problem, needs)
+    return *ops._flatten(problem), now and needs[0], now and needs[1]
+
+
+def _backward_arguments(problem: Problem) -> tuple[Any, ...]:
+    shape = () if problem.reduce else tuple(problem.input.shape)
+    upstream = gaussian(
+        *shape, seed=9, dtype=problem.loss_dtype, device=problem.input.device.type
+    ).requires_grad_()
+    return upstream, *ops._flatten(problem), *ops._needs(problem)
+
+
+def _assert_all_green(results: dict[str, str]) -> None:
+    assert len(results) >= 4
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_opcheck_forward(name: str, triton_backend: str, device: str) -> None:
+    problem = _named(name, device)
+    _assert_all_green(torch.library.opcheck(FORWARD, _forward_arguments(problem)))
+
+
+@pytest.mark.parametrize("name", [n for n in PROBLEMS if n != "nothing requires a gradient"])
+def test_opcheck_backward(name: str, triton_backend: str, device: str) -> None:
+    problem = _named(name, device)
+    _assert_all_green(torch.library.opcheck(BACKWARD, _backward_arguments(problem)))
+
+
+@pytest.mark.parametrize("name", ["both gradients", "uint8 mask"])
+def test_opcheck_in_eager_pytorch(name: str, eager_backend: str, device: str) -> None:
+    """The operator computes on any device; what traces through it is the same code."""
+    problem = _named(name, device)
+    _assert_all_green(torch.library.opcheck(FORWARD, _forward_arguments(problem)))
+    _assert_all_green(torch.library.opcheck(BACKWARD, _backward_arguments(problem)))
+
+
+def test_schema_mutates_nothing() -> None:
+    for operator in (FORWARD, BACKWARD):
+        assert not operator._schema.is_mutable
+        assert all(result.alias_info is None for result in operator._schema.returns)
+
+
+def _layouts(device: str) -> dict[str, Tensor]:
+    base = gaussian(2, 4, 3, 5, seed=1, device=device)
+    return {
+        "contiguous": base,
+        "channels_last": base.to(memory_format=torch.channels_last),
+        "transposed": base.transpose(1, 3),
+        "sliced": base[:, ::2, :, 1:],
+        "expanded": base[:, :1].expand(2, 4, 3, 5),
+        "empty": base.new_zeros(2, 0, 3, 5),
+        "scalar": base[0, 0, 0, 0],
+    }
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("layout", list(_layouts("cpu")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fake_tensors_match_real_ones(
+    dtype: torch.dtype, layout: str, reduction: str, backend: str, device: str
+) -> None:
+    """Shape, dtype and strides of the loss and of the gradient are known without any data."""
+    input = _layouts(device)[layout].to(dtype)
+    target = torch.zeros_like(input)
+
+    def step(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        input = input.detach().requires_grad_()
+        loss = smooth_l1_loss(input, target, 0.5, sigma=2.0, reduction=reduction)
+        return loss, torch.autograd.grad(loss, input, torch.ones_like(loss))[0]
+
+    real = step(input, target)
+    mode = FakeTensorMode()
+    fake_operands = [mode.from_tensor(tensor) for tensor in (input, target)]
+    with mode:
+        fake = step(*fake_operands)
+    for one, other in zip(fake, real, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        assert one.device == other.device
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_meta_tensors(variant: str, reduction: str, device: str) -> None:
+    operands, options = make(variant, device=device)
+    loss = smooth_l1_loss(*operands, **options, reduction=reduction)
+    real = torch.autograd.grad(loss, trained(operands), torch.ones_like(loss))
+    metas = [t.to("meta") if isinstance(t, Tensor) else t for t in operands]
+    for meta, operand in zip(metas, operands, strict=True):
+        if isinstance(operand, Tensor):
+            meta.detach_().requires_grad_(operand.requires_grad)
+    meta_loss = smooth_l1_loss(*metas, **options, reduction=reduction)
+    found = torch.autograd.grad(meta_loss, trained(metas), torch.ones_like(meta_loss))
+    for one, other in zip((meta_loss, *found), (loss, *real), strict=True):
+        assert one.is_meta
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients_of_the_operator(name: str, backend: str, device: str) -> None:
+    """Through the registered autograd rule as through the plain path."""
+    problem = _named(name, device)
+    sources = [t for t in problem[:4] if isinstance(t, Tensor) and t.requires_grad]
+    loss = FORWARD(*_forward_arguments(problem))[0]
+    with backend_set("eager"):
+        expected = _plain(problem)
+    torch.testing.assert_close(loss, expected)
+    if sources:
+        upstream = torch.full_like(loss, 1.5)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, sources, upstream),
+            torch.autograd.grad(expected, sources, upstream),
+        )
+
+
+def _plain(problem: Problem) -> Tensor:
+    reduction = "sum" if problem.reduce else "none"
+    normalizer = problem.divisor if problem.reduce else None
+    return smooth_l1_loss(
+        *problem[:4], beta=problem.beta, reduction=reduction, normalizer=normalizer
+    )
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_second_order(reduce: bool, backend: str, device: str) -> None:
+    """A gradient penalty needs the graph of the gradient: the saved one has none."""
+    problem = _problem(
+        dtype=torch.float64,
+        inside=(6, 1),
+        outside=(4,),
+        reduce=reduce,
+        requires_grad="input target inside outside",
+        device=device,
+    )
+    sources: list[Any] = list(problem[:4])
+
+    def second(loss: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(loss, sources, torch.full_like(loss, 0.7), create_graph=True)
+        penalty = torch.stack([(g * g).sum() for g in first]).sum()
+        return torch.autograd.grad(penalty, sources)
+
+    found = second(FORWARD(*_forward_arguments(problem))[0])
+    with backend_set("eager"):
+        expected = second(_plain(problem))
+    torch.testing.assert_close(found, expected)
+    assert all(bool(g.abs().sum() > 0) for g in found)
+
+
+def test_gradgradcheck(triton_backend: str, device: str) -> None:
+    """Small, for a launch in the interpreter costs milliseconds and there are hundreds."""
+    input, target, inside, outside = (
+        gaussian(*shape, seed=seed, dtype=torch.float64, device=device, requires_grad=True)
+        for seed, shape in enumerate([(2, 2), (2, 2), (2, 1), (2,)])
+    )
+    rest = (None, 1.0, 1.0, 1.0, 4, 0.5, True, False, False)
+
+    def loss(input: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
+        result: Tensor = FORWARD(input, target.detach(), inside, outside, *rest)[0]
+        return result
+
+    assert torch.autograd.gradcheck(loss, (input, inside, outside))
+    assert torch.autograd.gradgradcheck(loss, (input, inside, outside))
