@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from bench import codegen, train
 from bench.cases import specs
 from bench.measure import copy_gbps
 from bench.plot import write_plot
@@ -20,10 +21,14 @@ from bench.table import console, print_report
 
 RESULTS = Path(__file__).parent / "results"
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+COMMANDS = {"codegen": codegen.main, "train": train.main}  # each takes the arguments after its name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return 0, 1 if a provider failed, or 130 if it was interrupted."""
+    """Run the benchmark; return 0, 1 if something failed, or 130 if it was interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     options = _parser().parse_args(arguments)
     if options.quick:
         _skip_compiler_probes()
@@ -41,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog=f"Other commands: {', '.join(COMMANDS)}; each has a --help of its own.",
+    )
     parser.add_argument("--quick", action="store_true", help="three workloads, under 40 s")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="where the JSON and the plot go"

@@ -1,13 +1,15 @@
 """Real regression targets of a region proposal network, made as py-faster-rcnn makes them.
 
 The objects are the handwritten digits that scikit-learn ships, enlarged and pasted on an empty
-600 x 1000 canvas; their ink gives the ground-truth boxes. Everything after that is the recipe of
-Faster R-CNN's anchor target layer.
+canvas; their ink gives the ground-truth boxes. Everything after that is the recipe of Faster
+R-CNN's anchor target layer. Its sizes are those of py-faster-rcnn, 600 x 1000 pixels and nine
+anchors up to 512 pixels wide, unless another `Layout` is given.
 
 Boxes are (x1, y1, x2, y2) in canvas pixels, both corners inclusive, so a width is x2 - x1 + 1.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,23 +21,37 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-CANVAS_HEIGHT, CANVAS_WIDTH = 600, 1000  # pixels: the training size of py-faster-rcnn
-STRIDE = 16  # pixels of the canvas per cell of the feature map
-MAP_HEIGHT, MAP_WIDTH = 38, 63  # cells of the feature map
-BASE_SIZE = 16  # pixels: side of the square from which the anchors grow
 RATIOS = (0.5, 1.0, 2.0)  # height : width
-SCALES = (8, 16, 32)  # multiples of BASE_SIZE
-ANCHORS_PER_CELL = len(RATIOS) * len(SCALES)
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 SAMPLED_ANCHORS, MOST_POSITIVES = 256, 128
-DIGIT_ZOOM = (10, 46)  # canvas pixels per digit pixel, so digits are about 80 to 360 pixels high
-DIGITS = 8
 INK = 4  # of 16: fainter pixels of a digit are the scanner's blur
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The sizes of the canvas, the feature map, the anchors and the digits."""
+
+    canvas: tuple[int, int] = (600, 1000)  # pixels, height and width
+    stride: int = 16  # pixels of the canvas per cell of the feature map
+    feature_map: tuple[int, int] = (38, 63)  # cells, height and width
+    base_size: int = 16  # pixels: side of the square from which the anchors grow
+    scales: tuple[float, ...] = (8, 16, 32)  # multiples of base_size
+    # Canvas pixels per digit pixel, the end excluded: digits are about 80 to 360 pixels high.
+    zoom: tuple[int, int] = (10, 46)
+    digits: int = 8
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Every scale with every ratio."""
+        return len(RATIOS) * len(self.scales)
+
+
+PUBLISHED = Layout()
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A grey canvas (600, 1000), values 0 to 16, and the boxes of its digits (n, 4) in pixels."""
+    """A grey canvas (height, width), values 0 to 16, and its digits' boxes (n, 4) in pixels."""
 
     canvas: npt.NDArray[np.uint8]
     boxes: Floats
@@ -52,21 +68,31 @@ class RpnTargets:
     examples: int
 
 
-def paste_digits(rng: np.random.Generator) -> Scene:
-    """Paste digits at random places and sizes; one that would touch another is drawn anew."""
+@cache
+def digit_scans() -> npt.NDArray[np.float64]:
+    """Return the scans (1797, 8, 8), values 0 to 16."""
     digits: Any = load_digits()
-    scans = digits.images
-    canvas = np.zeros((CANVAS_HEIGHT, CANVAS_WIDTH), dtype=np.uint8)
+    scans: npt.NDArray[np.float64] = digits.images
+    return scans
+
+
+def paste_digits(
+    rng: np.random.Generator, layout: Layout = PUBLISHED, scans: Floats | None = None
+) -> Scene:
+    """Paste digits at random places and sizes; one that would touch another is drawn anew."""
+    scans = digit_scans() if scans is None else scans
+    canvas_height, canvas_width = layout.canvas
+    canvas = np.zeros(layout.canvas, dtype=np.uint8)
     boxes: list[tuple[int, int, int, int]] = []
-    while len(boxes) < DIGITS:
+    while len(boxes) < layout.digits:
         scan = scans[rng.integers(len(scans))]
-        zoom = int(rng.integers(*DIGIT_ZOOM))
+        zoom = int(rng.integers(*layout.zoom))
         digit = np.kron(scan, np.ones((zoom, zoom))).astype(np.uint8)
         rows, columns = np.nonzero(digit >= INK)
         digit = digit[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         height, width = digit.shape
-        top = int(rng.integers(CANVAS_HEIGHT - height + 1))
-        left = int(rng.integers(CANVAS_WIDTH - width + 1))
+        top = int(rng.integers(canvas_height - height + 1))
+        left = int(rng.integers(canvas_width - width + 1))
         place = canvas[top : top + height, left : left + width]
         if place.any():
             continue
@@ -75,26 +101,35 @@ def paste_digits(rng: np.random.Generator) -> Scene:
     return Scene(canvas, np.asarray(boxes, dtype=np.float64))
 
 
-def cell_anchors() -> Floats:
-    """Return the nine anchors (9, 4), in pixels, of the feature map's first cell.
+def cell_anchors(layout: Layout = PUBLISHED) -> Floats:
+    """Return the anchors (A, 4), in pixels, of the feature map's first cell.
 
     The published rounding is part of the recipe: each ratio's width and height are whole pixels
     before the scale multiplies them.
     """
-    ratios = np.repeat(np.asarray(RATIOS), len(SCALES))
-    scales = np.tile(np.asarray(SCALES, dtype=np.float64), len(RATIOS))
-    widths = np.rint(np.sqrt(BASE_SIZE**2 / ratios))
+    ratios = np.repeat(np.asarray(RATIOS), len(layout.scales))
+    scales = np.tile(np.asarray(layout.scales, dtype=np.float64), len(RATIOS))
+    widths = np.rint(np.sqrt(layout.base_size**2 / ratios))
     heights = np.rint(widths * ratios)
     half = np.stack([widths * scales - 1, heights * scales - 1], axis=1) / 2
-    center = (BASE_SIZE - 1) / 2
+    center = (layout.base_size - 1) / 2
     return np.concatenate([center - half, center + half], axis=1)
 
 
-def all_anchors() -> Floats:
-    """Return the anchors of every cell (H * W * 9, 4) in pixels, cells in row-major order."""
-    y, x = np.mgrid[:MAP_HEIGHT, :MAP_WIDTH] * STRIDE
+def all_anchors(layout: Layout = PUBLISHED) -> Floats:
+    """Return the anchors of every cell (H * W * A, 4) in pixels, cells in row-major order."""
+    map_height, map_width = layout.feature_map
+    y, x = np.mgrid[:map_height, :map_width] * layout.stride
     shifts = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
-    return (shifts + cell_anchors()).reshape(-1, 4)
+    return (shifts + cell_anchors(layout)).reshape(-1, 4)
+
+
+def trained_anchors(anchors: Floats, layout: Layout = PUBLISHED) -> Ints:
+    """Return the indices of the anchors that do not cross the canvas's border: only they learn."""
+    height, width = layout.canvas
+    return np.flatnonzero(
+        (anchors[:, :2] >= 0).all(axis=1) & (anchors[:, 2] < width) & (anchors[:, 3] < height)
+    )
 
 
 def _sizes(boxes: Floats) -> Floats:
@@ -117,6 +152,15 @@ def encode(anchors: Floats, boxes: Floats) -> Floats:
     return np.concatenate([shift / anchor_sizes, np.log(box_sizes / anchor_sizes)], axis=1)
 
 
+def decode(anchors: Floats, deltas: Floats) -> Floats:
+    """Return the boxes (n, 4) in pixels that these deltas of the anchors mean: undo `encode`."""
+    anchor_sizes = _sizes(anchors)
+    centers = anchors[:, :2] + anchor_sizes / 2 + deltas[:, :2] * anchor_sizes
+    sizes = anchor_sizes * np.exp(deltas[:, 2:])
+    corners = centers - sizes / 2
+    return np.concatenate([corners, corners + sizes - 1], axis=1)
+
+
 def _label(iou: Floats) -> tuple[Flags, Flags]:
     """Return which anchors are positive and which negative; the rest is left out."""
     best = iou.max(axis=1)
@@ -131,22 +175,22 @@ def _sample(flags: Flags, most: int, rng: np.random.Generator) -> Ints:
     return rng.choice(candidates, size=min(most, len(candidates)), replace=False)
 
 
-def _to_map(values: Floats) -> torch.Tensor:
+def _to_map(values: Floats, layout: Layout) -> torch.Tensor:
     """Lay (H * W * A, 4) out as the network does, (1, 4A, H, W), contiguous float32."""
-    planes = values.reshape(1, MAP_HEIGHT, MAP_WIDTH, -1).transpose(0, 3, 1, 2)
+    planes = values.reshape(1, *layout.feature_map, -1).transpose(0, 3, 1, 2)
     return torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
 
 
 def rpn_targets(seed: int = 0) -> RpnTargets:
     """Make one image's targets and weights: 4 * 9 * 38 * 63 = 86,184 elements each."""
     rng = np.random.default_rng(seed)
-    boxes = paste_digits(rng).boxes
-    anchors = all_anchors()
-    inside_canvas = np.flatnonzero(
-        (anchors[:, :2] >= 0).all(axis=1)
-        & (anchors[:, 2] < CANVAS_WIDTH)
-        & (anchors[:, 3] < CANVAS_HEIGHT)
-    )
+    return targets_of(paste_digits(rng).boxes, rng)
+
+
+def targets_of(boxes: Floats, rng: np.random.Generator, layout: Layout = PUBLISHED) -> RpnTargets:
+    """Make the targets and weights of an image with these ground-truth boxes (n, 4)."""
+    anchors = all_anchors(layout)
+    inside_canvas = trained_anchors(anchors, layout)
     candidates = anchors[inside_canvas]
     iou = overlaps(candidates, boxes)
 
@@ -161,9 +205,9 @@ def rpn_targets(seed: int = 0) -> RpnTargets:
     inside_weights[inside_canvas[positives]] = 1.0
     outside_weights[inside_canvas[np.concatenate([positives, negatives])]] = 1.0 / examples
     return RpnTargets(
-        _to_map(targets),
-        _to_map(inside_weights),
-        _to_map(outside_weights),
+        _to_map(targets, layout),
+        _to_map(inside_weights, layout),
+        _to_map(outside_weights, layout),
         positives=len(positives),
         examples=examples,
     )
