@@ -91,8 +91,8 @@ def composition(problem: Problem) -> Tensor:
             weights.append(weight.to(dtype) if isinstance(weight, Tensor) else weight)
     if selected is not None:
         # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
-        # (torch.where would take the memory format of the mask.)
-        difference = difference.masked_fill(~selected, 0)
+        # (masked_fill would take the memory format of the mask.)
+        difference = torch.where(selected, difference, 0)
         weights = [torch.where(selected, w, 0) if isinstance(w, Tensor) else w for w in weights]
     inside, outside = weights
     x = difference if _is_one(inside) else inside * difference
@@ -104,7 +104,7 @@ def composition(problem: Problem) -> Tensor:
         loss = _sign(x.detach()) * x
     loss = loss if _is_one(outside) else outside * loss
     if selected is not None and not isinstance(outside, Tensor) and not math.isfinite(outside):
-        loss = loss.masked_fill(~selected, 0)
+        loss = torch.where(selected, loss, 0)
     if problem.reduce:
         loss = loss.sum()
         loss = loss / problem.divisor if problem.input.numel() else loss

@@ -31,9 +31,11 @@ INTERPRETED = not isinstance(smooth_l1_kernel, triton.JITFunction)
 
 # Bytes of the widest access of a thread.
 WIDEST_ACCESS = 16
-# Bytes of each operand in a tile: two wide accesses for each of the threads below.
+# A tile gives each thread two wide accesses of each operand, and at most eight elements: with more,
+# 16-bit kernels spill registers.
 TILE_BYTES = 4096
-WARPS = 4
+MOST_ELEMENTS = 1024
+THREADS = 128
 # A program loops over tiles, so that no more partial sums are to be added than fill the GPU once.
 PROGRAMS_PER_MULTIPROCESSOR = 8
 # Below this size a multiplication costs less host time than a kernel that can skip it.
@@ -96,7 +98,7 @@ def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
             TRITON_DTYPES[upstream.dtype],
             tl.int64 if numel + block > INT32_MAX else tl.int32,
             block,
-            num_warps=WARPS,
+            num_warps=_warps(),
             enable_fp_fusion=False,
         )
     return gradients
@@ -168,7 +170,7 @@ def _launch(
             plan.aligned,
             plan.lanes,
             plan.block,
-            num_warps=WARPS,
+            num_warps=_warps(),
             # Without fused multiply-add every element has the bits that eager PyTorch gives it.
             enable_fp_fusion=False,
         )
@@ -194,7 +196,7 @@ def _plan(
     walks = [strides for strides in collapsed if any(strides) and strides != dense]
 
     lanes = WIDEST_ACCESS // itemsize
-    block = TILE_BYTES // itemsize
+    block = min(TILE_BYTES // itemsize, MOST_ELEMENTS)
     aligned = True
     if walks:
         fitting = lanes
@@ -241,6 +243,13 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "xpu":
         return int(properties.max_compute_units)
     return int(properties.multi_processor_count)
+
+
+@cache
+def _warps() -> int:
+    """Return how many warps make `THREADS` threads: an AMD data-centre GPU's are twice as wide."""
+    width = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+    return THREADS // width
 
 
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
