@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from bench import codegen, train
 from bench.cases import specs
+from bench.host import host_timings
 from bench.measure import copy_gbps
 from bench.plot import write_plot
 from bench.report import Report, describe, file_stem
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = console()
     report = describe(device, copy_gbps(device))
     interrupted = _fill(report, device, options.quick, out)
+    if not interrupted:
+        report.host |= host_timings(device)
 
     print_report(out, report)
     _write(report, options.out / file_stem(report, device, options.quick), out)

@@ -82,10 +82,10 @@ PYTHON
 } 2>&1 | tee "$summary"
 ((PIPESTATUS[0] == 0)) || exit 2
 
-# Compiling the kernel's variants is most of the suite's time on a GPU, and needs cores.
+# test_typing needs mypy and no GPU. Compiling the kernel's variants is most of the suite's time on a GPU, and needs cores.
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
-step pytest 170 25 "$python" -m pytest -q "${workers[@]}"
+step pytest 170 25 "$python" -m pytest -q "${workers[@]}" --ignore tests/test_typing.py
 sanitizer memcheck 70
 sanitizer racecheck 50
 step determinism 40 15 "$python" -m bench.determinism

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.measure import Timing
+
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
 JSON_KEYS = (
     "case",
@@ -65,6 +67,8 @@ class Report:
     python: str
     copy_gbps: float
     rows: list[Row] = field(default_factory=list)
+    # Milliseconds of forward + backward of a call too small for the device to matter.
+    host: dict[str, Timing] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[tuple[str, str], list[Row]]]:
         """Yield ((case, dtype), its rows), all in the order in which they were measured."""
@@ -81,6 +85,10 @@ class Report:
         plain = asdict(self)
         plain["rows"] = [{key: _rounded(row[key]) for key in JSON_KEYS} for row in plain["rows"]]
         plain["copy_gbps"] = _rounded(self.copy_gbps)
+        plain["host_us"] = {
+            name: {key.removesuffix("_ms"): _rounded(1e3 * ms) for key, ms in timing.items()}
+            for name, timing in plain.pop("host").items()
+        }
         return plain
 
 

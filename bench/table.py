@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.host import NUMEL
+from bench.measure import Timing
 from bench.providers import FUSED
 from bench.report import Report, Row
 
@@ -39,6 +41,9 @@ def print_report(out: Console, report: Report) -> None:
     for (case, dtype), rows in report.groups():
         out.print()
         out.print(_table(f"{case}, {dtype}", rows))
+    if report.host:
+        out.print()
+        out.print(_host_table(report.host))
     for row in report.rows:
         if row.problem is not None:
             text = f"{row.provider} on {row.case} {row.numel:,} {row.dtype}: {row.problem}"
@@ -51,6 +56,22 @@ def print_report(out: Console, report: Report) -> None:
         "beyond the operands, the gradient included.",
         highlight=False,
     )
+
+
+def _host_table(host: dict[str, Timing]) -> Table:
+    table = Table(
+        title=f"host time, {NUMEL:,} elements",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("call")
+    for heading in ("median\nus", "20th\nus", "80th\nus"):
+        table.add_column(heading, justify="right")
+    for name, timing in host.items():
+        micros = (1e3 * ms for ms in (timing.median_ms, timing.p20_ms, timing.p80_ms))
+        table.add_row(name, *(f"{us:.1f}" for us in micros))
+    return table
 
 
 def _table(title: str, rows: list[Row]) -> Table:

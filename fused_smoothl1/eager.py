@@ -195,6 +195,11 @@ def _evaluate_block(
     x = _difference(input, target, problem.compute_dtype)
     if not _is_one(inside):
         x.mul_(inside)
+    if excluded is not None:
+        x.masked_fill_(excluded, 0)
+        # The loss and the slope are 0 there now, and finite numbers leave them 0.
+        if all(isinstance(v, float) and math.isfinite(v) for v in (inside, outside, factor)):
+            excluded = None
 
     # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
     slope = grad_input  # Which it becomes, in place.

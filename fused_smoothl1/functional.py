@@ -52,9 +52,10 @@ def smooth_l1_loss(
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
         target: the regression targets: the input's shape, on its device; any of these dtypes.
         inside_weights: multiply the difference before the loss. A number, or a tensor of any real
-            dtype that broadcasts to the input's shape. Floats follow IEEE rules: 0 times NaN is
-            NaN. ``bool`` and ``uint8`` tensors are masks instead: nonzero selects, and what is not
-            selected has exactly 0 loss and 0 gradient, whatever stands there, NaN and inf included.
+            dtype that broadcasts to the input's shape: ``weights[:, None]`` has one weight a row.
+            They follow IEEE rules: 0 times NaN is NaN. ``bool`` and ``uint8`` tensors are masks
+            instead (other integers are not: write ``weights.bool()``): nonzero selects, and what is
+            not selected has exactly 0 loss and 0 gradient, NaN and inf included.
         outside_weights: multiply the loss; otherwise like ``inside_weights``. An element takes part
             if every mask given selects it.
         sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
@@ -138,10 +139,15 @@ def check_options(sigma: float | None, beta: float | None, reduction: str) -> No
 
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}: torch.as_tensor makes one"
+        )
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {value.dtype}")
+        raise TypeError(
+            f"{name} must have one of the dtypes {allowed}, got {value.dtype}"
+            + (f": pass {name}.float()" if value.dtype in INTEGER_DTYPES else "")
+        )
 
 
 def _check_device(name: str, value: Tensor, input: Tensor) -> None:
@@ -162,7 +168,8 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
         if isinstance(weights, Real):
             return float(weights)
         raise TypeError(
-            f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}"
+            f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}: "
+            "torch.as_tensor makes one"
         )
     _check_tensor(name, weights, WEIGHT_DTYPES)
     _check_device(name, weights, input)
@@ -173,6 +180,7 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
     ):
         raise ValueError(
             f"{name} must broadcast to input's shape {tuple(full)}, got shape {tuple(shape)}"
+            + (f"; for one weight a row pass {name}[:, None]" if shape == full[:1] else "")
         )
     return weights
 
@@ -180,7 +188,8 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
 def _checked_beta(sigma: float | None, beta: float | None) -> float:
     if sigma is not None and beta is not None:
         raise ValueError(
-            f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}"
+            f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}: "
+            "beta is 1 / sigma ** 2"
         )
     if sigma is not None:
         if not _number("sigma", sigma) > 0:
@@ -201,7 +210,8 @@ def _number(name: str, value: Any) -> float:
 
 def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        allowed = ", ".join(f'"{name}"' for name in REDUCTIONS)
+        raise ValueError(f"reduction must be one of {allowed}, got {reduction!r}")
 
 
 def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor | float:
@@ -218,7 +228,10 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
         )
     if not isinstance(normalizer, Tensor):
         if not 0 < _number("normalizer", normalizer) < math.inf:
-            raise ValueError(f"normalizer must be a finite number above 0, got {normalizer}")
+            raise ValueError(
+                f"normalizer must be a finite number above 0, got {normalizer}: "
+                "max(n, 1) serves for a count that may be 0"
+            )
         return float(normalizer)
     if normalizer.dim() != 0:
         raise ValueError(

@@ -1,0 +1,96 @@
+"""`python -m fused_smoothl1`: what it prints, and that its exit status can be trusted."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_smoothl1
+from fused_smoothl1.__main__ import CASES
+from tests.conftest import HAS_TRITON
+
+ROOT = Path(__file__).parent.parent
+RUN = "import sys; from fused_smoothl1.__main__ import main; sys.exit(main())"
+# Each makes the loss wrong in a way of its own, and the rest of it stays right.
+DEFECTS = {
+    "another sigma": "lambda *args, sigma, **kw: right(*args, sigma=1.01 * sigma, **kw)",
+    "another reduction": "lambda *args, reduction, **kw: right(*args, reduction='sum', **kw)",
+    "NaN": "lambda *args, **kw: right(*args, **kw) * float('nan')",
+    "an exception": "lambda *args, **kw: 1 / 0",
+    "weights swapped": "lambda a, b, c, d, **kw: right(a, b, d, c, **kw)",
+    "no gradient of target": "lambda a, b, *rest, **kw: right(a, b.detach(), *rest, **kw)",
+}
+
+
+def _selfcheck(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it, or a few lines around it, in a fresh interpreter without this run's settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FUSED_"))}
+    return subprocess.run(
+        [sys.executable, *(arguments or ("-m", "fused_smoothl1"))],
+        cwd=ROOT,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _line(output: str, what: str) -> str:
+    found = re.search(rf"^{what}: +(.+)$", output, re.MULTILINE)
+    assert found, f"no line {what!r} in:\n{output}"
+    return found[1]
+
+
+def test_report() -> None:
+    result = _selfcheck()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert _line(result.stdout, "python").startswith(platform.python_version())
+    assert _line(result.stdout, "torch") == torch.__version__
+    assert _line(result.stdout, "fused_smoothl1") == fused_smoothl1.__version__
+    assert (_line(result.stdout, "triton") == "not installed") != HAS_TRITON
+    assert f"{len(CASES)} of {len(CASES)}" in _line(result.stdout, "agreement")
+    assert "FAIL" not in result.stdout
+    if torch.cuda.is_available():
+        assert re.match(r"[\d.]+ times eager's", _line(result.stdout, "speed"))
+    else:
+        assert _line(result.stdout, "speed") == "measured on GPUs only"
+        assert _line(result.stdout, "backend").startswith("eager PyTorch, because this is cpu")
+
+
+def test_works_without_triton() -> None:
+    result = _selfcheck("-c", f"import sys; sys.modules['triton'] = None; {RUN}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert _line(result.stdout, "triton") == "not installed"
+    assert _line(result.stdout, "backend").startswith("eager PyTorch")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+def test_checks_the_kernel() -> None:
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    result = _selfcheck(FUSED_SMOOTHL1_BACKEND="triton", **interpreted)
+    assert result.returncode == 0, result.stdout + result.stderr
+    backend = _line(result.stdout, "backend")
+    assert backend == "Triton kernel, because FUSED_SMOOTHL1_BACKEND=triton"
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_fails_where_the_loss_is_wrong(defect: str) -> None:
+    result = _selfcheck(
+        "-c",
+        f"import fused_smoothl1; right = fused_smoothl1.smooth_l1_loss\n"
+        f"fused_smoothl1.smooth_l1_loss = {DEFECTS[defect]}\n{RUN}",
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "FAIL" in result.stdout
+    assert "agreement" in result.stdout, "the report broke off"
+
+
+def test_fails_where_there_is_no_backend() -> None:
+    result = _selfcheck(FUSED_SMOOTHL1_BACKEND="cuda")
+    assert result.returncode == 1
+    assert "FUSED_SMOOTHL1_BACKEND" in _line(result.stdout, "backend")
