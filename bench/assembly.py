@@ -185,7 +185,9 @@ def _width(opcode: str) -> int:
     if opcode[0].isupper():
         suffix = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
         return int(suffix[1]) if suffix else 32
-    name = re.sub(r"^(global|buffer|flat)_(load|store)_|_d16|_hi\b|d16_", "", opcode)
+    name = re.sub(r"^(global|buffer|flat)_(load|store)_", "", opcode)
+    # Which half of a register 16 bits go to is part of the name: load_d16_hi_u8, load_short_d16_hi.
+    name = re.sub(r"(^|_)(d16|hi)(?=_|$)", "", name).lstrip("_")
     digits = re.fullmatch(r"[uib](\d+)", name)
     return int(digits[1]) if digits else AMD_WIDTHS[re.sub(r"^[us](?=byte|short)", "", name)]
 

@@ -141,7 +141,6 @@ def variants() -> Iterator[Variant]:
     yield from _launch_variants()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         yield _dense(dtype)
-    yield _elementwise(torch.float16)
     for dtype in (torch.bfloat16, torch.float16):
         yield _row_mask(dtype)
 
