@@ -86,8 +86,9 @@ PYTHON
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
 step pytest 170 25 "$python" -m pytest -q "${workers[@]}" --ignore tests/test_typing.py
-sanitizer memcheck 70
-sanitizer racecheck 50
+sanitizer memcheck 60
+sanitizer racecheck 45
+sanitizer initcheck 45
 step determinism 40 15 "$python" -m bench.determinism
 left=$((TOTAL_SECONDS - SECONDS))
 step bench "$((left > LEAST_SECONDS ? left : LEAST_SECONDS))" 200 \

@@ -145,35 +145,40 @@ def _launch(
             _workspace(input.device, programs) if reduces and programs > 1 else (None, None)
         )
         kinds = [access.kind for access in plan.accesses]
-        smooth_l1_kernel[(programs,)](
-            *operands,
-            divisor if isinstance(divisor, Tensor) else None,
-            loss,
-            *gradients,
-            partials,
-            ticket,
-            plan.sizes,
-            *(access.strides for access in plan.accesses),
-            numel,
-            problem.beta,
-            problem.inverse_beta,
-            1.0 / divisor if not isinstance(divisor, Tensor) else 1.0,
-            inside if not isinstance(inside, Tensor) else 1.0,
-            outside if not isinstance(outside, Tensor) else 1.0,
-            *kinds,
-            is_mask(inside),
-            is_mask(outside),
-            reduces,
-            unless_one,
-            TRITON_DTYPES[problem.compute_dtype],
-            tl.int64 if plan.is_long else tl.int32,
-            plan.aligned,
-            plan.lanes,
-            plan.block,
-            num_warps=_warps(),
-            # Without fused multiply-add every element has the bits that eager PyTorch gives it.
-            enable_fp_fusion=False,
-        )
+        try:
+            smooth_l1_kernel[(programs,)](
+                *operands,
+                divisor if isinstance(divisor, Tensor) else None,
+                loss,
+                *gradients,
+                partials,
+                ticket,
+                plan.sizes,
+                *(access.strides for access in plan.accesses),
+                numel,
+                problem.beta,
+                problem.inverse_beta,
+                1.0 / divisor if not isinstance(divisor, Tensor) else 1.0,
+                inside if not isinstance(inside, Tensor) else 1.0,
+                outside if not isinstance(outside, Tensor) else 1.0,
+                *kinds,
+                is_mask(inside),
+                is_mask(outside),
+                reduces,
+                unless_one,
+                TRITON_DTYPES[problem.compute_dtype],
+                tl.int64 if plan.is_long else tl.int32,
+                plan.aligned,
+                plan.lanes,
+                plan.block,
+                num_warps=_warps(),
+                # Without fused multiply-add every element has the bits that eager PyTorch gives it.
+                enable_fp_fusion=False,
+            )
+        except BaseException:
+            # An interrupted launch may leave a ticket drawn, on which later ones would wait.
+            _workspaces.clear()
+            raise
 
 
 @lru_cache(maxsize=4096)

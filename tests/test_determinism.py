@@ -7,6 +7,7 @@ partial sums in an order of its own.
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +174,29 @@ def test_replayed_graph(triton_backend: str) -> None:
         torch.cuda.synchronize()
         assert torch.equal(loss, first[0])
         assert torch.equal(eager, first[0])
+
+
+def test_interrupted_launch(
+    monkeypatch: pytest.MonkeyPatch, triton_backend: str, device: str
+) -> None:
+    """A launch that raises half-way leaves no ticket behind that the next one would trip over."""
+    from fused_smoothl1 import launch
+
+    operands = _operands(20_011, device)
+    first = _run(operands)
+
+    class Interrupted:
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*arguments: Any, **options: Any) -> None:
+                for partials, ticket in launch._workspaces.values():
+                    partials.fill_(1e30)
+                    ticket.fill_(1)
+                raise KeyboardInterrupt
+
+            return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "smooth_l1_kernel", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            _run(operands)
+    assert _same(_run(operands), first)
