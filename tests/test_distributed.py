@@ -5,6 +5,7 @@ verdict of one. The tensors are on the CPU, with Triton's interpreter for the ke
 with a GPU too: what is tested is the communication around the loss.
 """
 
+import faulthandler
 import os
 import time
 import traceback
@@ -218,9 +219,14 @@ CHECKS: dict[str, Callable[[int, Any], None]] = {
 }
 
 
+def _verdict_file(folder: str | Path, rank: int) -> Path:
+    return Path(folder) / f"verdicts{rank}"
+
+
 def _process(rank: int, folder: str) -> None:
     """Run all checks; write the verdict of each: nothing, or how it failed."""
     torch.set_num_threads(1)
+    faulthandler.enable()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -236,8 +242,13 @@ def _process(rank: int, folder: str) -> None:
             verdicts[name] = ""
         except Exception:
             verdicts[name] = f"on rank {rank}:\n{traceback.format_exc()}"
-    torch.save(verdicts, Path(folder) / f"verdicts{rank}")
-    dist.destroy_process_group()
+    torch.save(verdicts, _verdict_file(folder, rank))
+    # A process was once seen to abort as it ended: a thread of gloo's that asks for the interpreter
+    # while that shuts down. There is nothing to clean up, so leave at once, as soon as the other
+    # process is through with its checks too.
+    while not all(_verdict_file(folder, other).exists() for other in range(RANKS)):
+        time.sleep(0.01)
+    os._exit(0)
 
 
 @pytest.fixture(scope="module", params=["eager", "triton"])
@@ -262,7 +273,7 @@ def verdicts(
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(folder / f"verdicts{rank}") for rank in range(RANKS)]
+    return [torch.load(_verdict_file(folder, rank)) for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("name", CHECKS)
