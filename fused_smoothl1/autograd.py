@@ -1,5 +1,6 @@
 """How the loss takes part in autograd, whichever backend computes it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from fused_smoothl1.contract import (
     Needs,
     Problem,
     gradient_in_forward,
-    has_masks,
 )
 
 
@@ -40,9 +40,21 @@ class SmoothL1(torch.autograd.Function):
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
         ctx.gradients = gradients if now else None
         ctx.backend = backend
-        ctx.has_masks = has_masks(problem)
-        ctx.save_for_backward(*[v if isinstance(v, Tensor) else None for v in problem[:5]])
-        ctx.constants = [None if isinstance(v, Tensor) else v for v in problem]
+        ctx.has_masks = problem.has_masks
+        divisor = problem.divisor
+        ctx.save_for_backward(
+            input,
+            target,
+            inside if isinstance(inside, Tensor) else None,
+            outside if isinstance(outside, Tensor) else None,
+            divisor if isinstance(divisor, Tensor) else None,
+        )
+        ctx.numbers = (
+            None if isinstance(inside, Tensor) else inside,
+            None if isinstance(outside, Tensor) else outside,
+            None if isinstance(divisor, Tensor) else divisor,
+        )
+        ctx.options = problem[5:]
         return loss
 
     @staticmethod
@@ -60,12 +72,17 @@ class SmoothL1(torch.autograd.Function):
             return *backend.rescale(gradients, upstream), None, None
 
         # Raises if an operand was modified in place since, or if the graph was freed.
-        saved = ctx.saved_tensors
-        operands = [c if s is None else s for s, c in zip(saved, ctx.constants[:5], strict=True)]
-        problem = Problem(*operands, *ctx.constants[5:])
+        input, target, *saved = ctx.saved_tensors
+        others = [n if s is None else s for s, n in zip(saved, ctx.numbers, strict=True)]
+        problem = Problem(input, target, *others, *ctx.options)
         needs: Needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             return *eager.differentiable_backward(problem, upstream, needs), None, None
         if gradients is not None:
             return *backend.refresh(problem, gradients, upstream, needs), None, None
         return *backend.backward(problem, upstream, needs), None, None
+
+
+# Function.apply itself looks for functorch's transforms first, at each call and for each argument.
+# Where this is called there are none, so it is the base's, in C++.
+apply: Callable[..., Tensor] = super(torch.autograd.Function, SmoothL1).apply

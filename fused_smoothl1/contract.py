@@ -13,6 +13,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NOTHING: Needs = (False, False, False, False)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASK_DTYPES = (torch.bool, torch.uint8)
+# The largest finite number of each dtype of arithmetic.
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 class Problem(NamedTuple):
@@ -36,11 +38,13 @@ class Problem(NamedTuple):
     """The dtype of arithmetic and accumulation: float64 where any operand is, else float32."""
     loss_dtype: torch.dtype
     """The dtype of the loss."""
+    has_masks: bool
+    """Whether `inside` or `outside` is a mask, so that some elements may not be selected."""
 
     @property
     def inverse_beta(self) -> float:
         """1 / beta, or inf where `compute_dtype` has no such number: the loss is L1 then."""
-        largest = torch.finfo(self.compute_dtype).max
+        largest = LARGEST[self.compute_dtype]
         return 1.0 / self.beta if self.beta * largest >= 1.0 else math.inf
 
 
@@ -55,9 +59,10 @@ def make_problem(
 ) -> Problem:
     """Return the problem with its dtypes, which the operands decide."""
     # As torch.promote_types, which would leave an operation of its own in a traced graph.
-    promoted = input.dtype
+    promoted, has_masks = input.dtype, False
     for operand in (target, inside, outside):
         if isinstance(operand, Tensor) and operand.dtype != promoted:
+            has_masks = has_masks or operand.dtype in MASK_DTYPES
             if operand.dtype == torch.float64 or promoted == torch.float64:
                 promoted = torch.float64
             elif operand.dtype in FLOAT_DTYPES:
@@ -70,10 +75,11 @@ def make_problem(
         outside,
         divisor,
         # float32 has no number for a larger one, and no difference either.
-        min(beta, torch.finfo(compute_dtype).max),
+        min(beta, LARGEST[compute_dtype]),
         reduce,
         compute_dtype,
         compute_dtype if reduce else promoted,
+        has_masks,
     )
 
 
@@ -124,11 +130,6 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
 def is_mask(weights: Tensor | float) -> TypeGuard[Tensor]:
     """Whether these weights select elements instead of multiplying them."""
     return isinstance(weights, Tensor) and weights.dtype in MASK_DTYPES
-
-
-def has_masks(problem: Problem) -> bool:
-    """Whether some elements may not be selected."""
-    return is_mask(problem.inside) or is_mask(problem.outside)
 
 
 def full_size_gradients(problem: Problem, needs: Needs) -> Gradients:

@@ -8,7 +8,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from fused_smoothl1 import eager
 from fused_smoothl1.contract import Backend
@@ -28,8 +30,9 @@ def backend_for(input: Tensor) -> Backend:
     return backend if input.numel() else eager
 
 
+@cache
 def backend_on(device: torch.device) -> Backend:
-    """Return the backend that computes on this device.
+    """Return the backend that computes on this device, the same one for the whole process.
 
     Raises:
         ValueError: if FUSED_SMOOTHL1_BACKEND has a value that is not allowed.
@@ -47,7 +50,7 @@ def backend_on(device: torch.device) -> Backend:
         return backend
     if choice == "triton":
         raise RuntimeError(f"FUSED_SMOOTHL1_BACKEND=triton, but {obstacle}")
-    _warn_once(f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}")
+    _warn(f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}")
     return eager
 
 
@@ -59,16 +62,16 @@ def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
     scratch memory.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_dynamo_compiling()
         and not is_transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and _len_torch_dispatch_stack() == 0
         and PLAIN_TYPES.issuperset(map(type, operands))
     )
 
 
 def is_transformed() -> bool:
     """Whether a transform of functorch or forward-mode AD is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_eager(device: torch.device) -> bool:
@@ -82,7 +85,6 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 is_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cache
 def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
     """Return the kernel's backend, or None and the reason why it cannot serve this device."""
     if find_spec("triton") is None:
@@ -104,8 +106,7 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
     return launch, ""
 
 
-@cache
-def _warn_once(message: str) -> None:
+def _warn(message: str) -> None:
     """Warn at the line that called into this package, be it through the function or the module."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals["__name__"].startswith(("fused_smoothl1.", "torch.nn.")):

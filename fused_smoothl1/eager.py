@@ -8,9 +8,10 @@ who need its graph: double backward, and transformations that trace through it.
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,36 +28,31 @@ from fused_smoothl1.layout import broadcast_strides, collapse
 
 # Elements in a block: its scratch and its part of each operand stay in the cache of a core or two.
 BLOCK = 1 << 17
+# Bytes of the widest element that PyTorch knows.
+WIDEST = 16
 
 
 def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1."""
-    divisor = problem.divisor
-    if isinstance(divisor, Tensor):
-        factor: Tensor | float = divisor.to(problem.compute_dtype).reciprocal()
-    else:
-        factor = 1.0 / divisor
+    factor = _factor(problem)
     gradients = full_size_gradients(problem, needs)
     if not problem.reduce:
         loss = torch.empty_like(problem.input, dtype=problem.loss_dtype)
         _evaluate(problem, factor, gradients, loss, want_sum=False)
         return loss, gradients
-    sums = _evaluate(problem, factor, gradients, None, want_sum=True)
-    if not sums:
+    if not problem.input.numel():
         # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
         return problem.input.new_zeros((), dtype=problem.loss_dtype), gradients
+    sums = _evaluate(problem, factor, gradients, None, want_sum=True)
     total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    return total if _is_one(divisor) else total.div_(divisor), gradients
+    return total if _is_one(factor) else total.mul_(factor), gradients
 
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    divisor = problem.divisor
-    factor = upstream.to(problem.compute_dtype)
-    if isinstance(divisor, Tensor):
-        factor = factor * divisor.to(problem.compute_dtype).reciprocal()
-    elif divisor != 1:
-        factor = factor * (1.0 / divisor)
+    factor, share = upstream.to(problem.compute_dtype), _factor(problem)
+    if not _is_one(share):
+        factor = factor * share
     gradients = full_size_gradients(problem, needs)
     _evaluate(problem, factor, gradients, None, want_sum=False)
     return sum_to_weights(problem, gradients)
@@ -133,9 +129,30 @@ def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) ->
     return grad_input, grad_target, grad_inside, grad_outside
 
 
+def _factor(problem: Problem) -> Tensor | float:
+    """Return what an element's gradient is multiplied by, for an upstream gradient of 1."""
+    divisor, dtype = problem.divisor, problem.compute_dtype
+    if isinstance(divisor, Tensor):
+        return divisor.to(dtype).reciprocal()
+    return 1.0 if divisor == 1 else _constant(1.0 / divisor, dtype)
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as a tensor: products with one cost a fraction of the host time."""
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+
+
 def _is_known_to_be_one(upstream: Tensor) -> bool:
     """Whether the upstream gradient is 1, as far as one can tell without waiting for a device."""
-    return upstream.device.type == "cpu" and upstream.item() == 1
+    return upstream.is_cpu and upstream.item() == 1
+
+
+def _is_known_to_be_finite(weights: Tensor | float) -> bool:
+    """Whether a product with finite numbers leaves 0 at 0, as far as one can tell likewise."""
+    if isinstance(weights, Tensor) and (weights.dim() > 0 or not weights.is_cpu):
+        return False
+    return math.isfinite(weights)
 
 
 def _is_one(weights: Tensor | float) -> bool:
@@ -147,83 +164,79 @@ def _sign(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, x.sign())
 
 
-class _Block(NamedTuple):
-    """What one block of elements is computed from, and where its results go (None: not wanted)."""
-
-    input: Tensor
-    target: Tensor
-    inside: Tensor | float
-    outside: Tensor | float
-    factor: Tensor | float
-    loss: Tensor | None
-    grad_input: Tensor | None
-    grad_target: Tensor | None
-    grad_inside: Tensor | None
-    grad_outside: Tensor | None
-
-
 def _evaluate(
     problem: Problem,
     factor: Tensor | float,
     gradients: Gradients,
     loss: Tensor | None,
     want_sum: bool,
-) -> list[Tensor]:
+) -> list[Any]:
     """Write the elementwise loss, and the gradients for a gradient `factor` of each element's loss.
 
-    Returns the sums of the loss over each block, none if they are not wanted.
+    Returns the sum of the loss over each block, or None for each if it is not wanted.
     """
-    whole = _Block(*problem[:4], factor, loss, *gradients)
-    inverse_beta = problem.inverse_beta
-    sums = [_evaluate_block(block, problem, inverse_beta, want_sum) for block in _blocks(whole)]
-    return [block_sum for block_sum in sums if block_sum is not None]
+    whole = (*problem[:4], factor, loss, *gradients)
+    blocks = _blocks(whole) if problem.input.numel() > BLOCK else (whole,)
+    return [_evaluate_block(problem, want_sum, *block) for block in blocks]
 
 
 def _evaluate_block(
-    block: _Block, problem: Problem, inverse_beta: float, want_sum: bool
+    problem: Problem,
+    want_sum: bool,
+    input: Tensor,
+    target: Tensor,
+    inside: Tensor | float,
+    outside: Tensor | float,
+    factor: Tensor | float,
+    elementwise_loss: Tensor | None,
+    grad_input: Tensor | None,
+    grad_target: Tensor | None,
+    grad_inside: Tensor | None,
+    grad_outside: Tensor | None,
 ) -> Tensor | None:
     """Evaluate one block. Its temporaries are few and small, and the next block reuses them."""
-    input, target, inside, outside, factor, elementwise_loss, *gradients = block
-    grad_input, grad_target, grad_inside, grad_outside = gradients
     excluded: Tensor | None = None
-    if is_mask(inside):
-        excluded, inside = inside == 0, 1.0
-    if is_mask(outside):
-        outside_excluded, outside = outside == 0, 1.0
-        excluded = outside_excluded if excluded is None else excluded | outside_excluded
+    if problem.has_masks:
+        if is_mask(inside):
+            excluded, inside = _excluded(inside), 1.0
+        if is_mask(outside):
+            outside_excluded, outside = _excluded(outside), 1.0
+            excluded = outside_excluded if excluded is None else excluded | outside_excluded
 
+    is_weighted = not _is_one(inside)
     x = _difference(input, target, problem.compute_dtype)
-    if not _is_one(inside):
+    if is_weighted:
         x.mul_(inside)
     if excluded is not None:
-        x.masked_fill_(excluded, 0)
+        _exclude(x, excluded)
         # The loss and the slope are 0 there now, and finite numbers leave them 0.
-        if all(isinstance(v, float) and math.isfinite(v) for v in (inside, outside, factor)):
+        if all(map(_is_known_to_be_finite, (inside, outside, factor))):
             excluded = None
 
     # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
     slope = grad_input  # Which it becomes, in place.
     if slope is not None and slope.dtype != x.dtype:
         slope = None
-    if inverse_beta == 1:
-        clamped = slope = torch.clamp(x, -1, 1, out=slope)
+    beta = problem.beta
+    if beta == 1:
+        slope = torch.clamp(x, -1, 1, out=slope)
     else:
-        clamped = None
+        inverse_beta = problem.inverse_beta
         slope = torch.mul(x, inverse_beta, out=slope).clamp_(-1, 1)
-    if inverse_beta == math.inf:
-        slope.masked_fill_(x == 0, 0)  # 0 times inf.
-
+        if inverse_beta == math.inf:
+            slope.masked_fill_(x == 0, 0)  # 0 times inf.
+    want_loss = want_sum or elementwise_loss is not None
+    if want_loss or grad_outside is not None:
+        x.sub_(slope if beta == 1 else x.clamp(-beta, beta), alpha=0.5)
+    if grad_outside is not None:
+        _write(grad_outside, torch.mul(slope, x).mul_(factor), excluded)
     block_sum: Tensor | None = None
-    if want_sum or elementwise_loss is not None or grad_outside is not None:
-        if clamped is None:
-            clamped = x.clamp(-problem.beta, problem.beta)
-        loss = x.sub_(clamped, alpha=0.5).mul_(slope)
-        if grad_outside is not None:
-            _write(grad_outside, torch.mul(loss, factor), excluded)
+    if want_loss:
+        loss = x.mul_(slope)
         if not _is_one(outside):
             loss.mul_(outside)
         if excluded is not None:
-            loss.masked_fill_(excluded, 0)
+            _exclude(loss, excluded)
         if elementwise_loss is not None:
             elementwise_loss.copy_(loss)
         if want_sum:
@@ -237,10 +250,10 @@ def _evaluate_block(
     if grad_inside is not None:
         difference = _difference(input, target, problem.compute_dtype)
         _write(grad_inside, difference.mul_(grad_x), excluded)
-    gradient = grad_x if _is_one(inside) else grad_x.mul_(inside)
+    gradient = grad_x.mul_(inside) if is_weighted else grad_x
     if grad_target is not None:
         _write(grad_target, -gradient, excluded)
-    if grad_input is not None:
+    if grad_input is not None and (grad_input is not gradient or excluded is not None):
         _write(grad_input, gradient, excluded)
     return block_sum
 
@@ -248,7 +261,7 @@ def _evaluate_block(
 def _difference(input: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     # Converted before the subtraction, which would round to the operands' dtype otherwise.
     if input.dtype == dtype:
-        return torch.sub(input, target)
+        return input - target
     return input.to(dtype).sub_(target)
 
 
@@ -256,21 +269,35 @@ def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
     if gradient is not values:
         gradient.copy_(values)
     if excluded is not None:
-        gradient.masked_fill_(excluded, 0)
+        _exclude(gradient, excluded)
 
 
-def _blocks(whole: _Block) -> Iterator[_Block]:
-    """Split into blocks of at most `BLOCK` elements, all of them views, whatever the strides."""
-    shape = whole.input.shape
-    if whole.input.numel() <= BLOCK:
-        if whole.input.numel():
-            yield whole
-        return
+def _excluded(mask: Tensor) -> Tensor:
+    """Return what a mask does not select, once for all elements that share it."""
+    once = tuple(slice(1) if step == 0 else slice(None) for step in mask.stride())
+    return mask[once].logical_not()
+
+
+def _exclude(values: Tensor, excluded: Tensor) -> None:
+    """Set what is excluded to 0."""
+    if excluded.shape[-1:] == (1,) and values.is_contiguous():
+        # A loop over the 4 coordinates of each box costs several times as much as the work in it.
+        per_element = WIDEST // values.element_size()
+        if values.shape[-1] % per_element == 0 == values.storage_offset() % per_element:
+            values = values.view(torch.complex128)
+    values.masked_fill_(excluded, 0)
+
+
+def _blocks(whole: tuple[Tensor | float | None, ...]) -> Iterator[tuple[Any, ...]]:
+    """Split what belongs to all elements into views of blocks of at most `BLOCK` elements.
+
+    The first is the input, and from the sixth on they are results; numbers belong to every block.
+    """
+    tensors = [t for t in whole if isinstance(t, Tensor)]
+    shape = tensors[0].shape
     # The order of the results, if there are any, because they are written.
-    order = next((t for t in whole[5:] if isinstance(t, Tensor)), whole.input)
-    strides = [
-        broadcast_strides(t.shape, t.stride(), shape) for t in whole if isinstance(t, Tensor)
-    ]
+    order = next((t for t in whole[5:] if isinstance(t, Tensor)), tensors[0])
+    strides = [broadcast_strides(t.shape, t.stride(), shape) for t in tensors]
     sizes, collapsed = collapse(tuple(shape), (order.stride(), *strides))
     rest = iter(collapsed[1:])
     views = [
@@ -285,11 +312,9 @@ def _blocks(whole: _Block) -> Iterator[_Block]:
     run = BLOCK // inner
     for outer in product(*(range(size) for size in sizes[:split])):
         for start in range(0, sizes[split], run):
-            # As _Block, but a type checker cannot follow fields through a generator.
-            fields: Any = (
+            yield tuple(
                 view[outer].narrow(0, start, min(run, sizes[split] - start))
                 if isinstance(view, Tensor)
                 else view
                 for view in views
             )
-            yield _Block(*fields)

@@ -2,13 +2,13 @@
 
 import math
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_smoothl1 import ops
-from fused_smoothl1.autograd import SmoothL1
+from fused_smoothl1.autograd import apply
 from fused_smoothl1.contract import FLOAT_DTYPES, MASK_DTYPES, NOTHING, make_problem
 from fused_smoothl1.dispatch import backend_for, is_plain
 
@@ -90,7 +90,7 @@ def smooth_l1_loss(
 
     The environment variable ``FUSED_SMOOTHL1_BACKEND`` is for debugging: ``auto`` (the default) as
     described, ``eager`` never the kernel, ``triton`` never anything else; on CPU tensors the latter
-    needs ``TRITON_INTERPRET=1``.
+    needs ``TRITON_INTERPRET=1``. It is read at the first call on a device.
 
     Source: Girshick, "Fast R-CNN" (2015), and the layer ``smooth_L1_loss_layer.cu`` of
     py-faster-rcnn's Caffe, which added sigma and both weights.
@@ -105,29 +105,24 @@ def smooth_l1_loss(
         >>> loss.backward()
     """
     _check_tensor("input", input, FLOAT_DTYPES)
-    _check_tensor("target", target, FLOAT_DTYPES)
+    _check_tensor("target", target, FLOAT_DTYPES, input)
     if target.shape != input.shape:
         raise ValueError(
             f"target must have input's shape, got target of shape {tuple(target.shape)} "
             f"and input of shape {tuple(input.shape)}"
         )
-    _check_device("target", target, input)
     inside = _checked_weights("inside_weights", inside_weights, input)
     outside = _checked_weights("outside_weights", outside_weights, input)
+    divisor = _checked_divisor(reduction, normalizer, input)
+    chosen_beta = _checked_beta(sigma, beta)
+    reduce = reduction != "none"
+    problem = make_problem(input, target, inside, outside, divisor, chosen_beta, reduce)
     operands = (input, target, inside, outside)
-    problem = make_problem(
-        *operands,
-        divisor=_checked_divisor(reduction, normalizer, input),
-        beta=_checked_beta(sigma, beta),
-        reduce=reduction != "none",
-    )
     if not is_plain(operands):
         return ops.smooth_l1(problem)
     backend = backend_for(input)
-    if torch.is_grad_enabled() and any(
-        isinstance(operand, Tensor) and operand.requires_grad for operand in operands
-    ):
-        return cast(Tensor, SmoothL1.apply(*operands, problem, backend))
+    if torch.is_grad_enabled():
+        return apply(input, target, inside, outside, problem, backend)
     return backend.forward(problem, NOTHING)[0]
 
 
@@ -137,7 +132,9 @@ def check_options(sigma: float | None, beta: float | None, reduction: str) -> No
     _check_reduction(reduction)
 
 
-def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], input: Tensor | None = None
+) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor, got {type(value).__name__}: torch.as_tensor makes one"
@@ -148,10 +145,7 @@ def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> 
             f"{name} must have one of the dtypes {allowed}, got {value.dtype}"
             + (f": pass {name}.float()" if value.dtype in INTEGER_DTYPES else "")
         )
-
-
-def _check_device(name: str, value: Tensor, input: Tensor) -> None:
-    if value.device != input.device:
+    if input is not None and value.device != input.device:
         raise ValueError(
             f"{name} must be on input's device, got {name} on {value.device} "
             f"and input on {input.device}"
@@ -171,18 +165,24 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
             f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}: "
             "torch.as_tensor makes one"
         )
-    _check_tensor(name, weights, WEIGHT_DTYPES)
-    _check_device(name, weights, input)
-    shape, full = weights.shape, input.shape
-    # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
-    if len(shape) > len(full) or any(
-        n not in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False)
-    ):
+    _check_tensor(name, weights, WEIGHT_DTYPES, input)
+    if not _broadcasts(weights.shape, input.shape):
+        shape, full = tuple(weights.shape), tuple(input.shape)
         raise ValueError(
-            f"{name} must broadcast to input's shape {tuple(full)}, got shape {tuple(shape)}"
+            f"{name} must broadcast to input's shape {full}, got shape {shape}"
             + (f"; for one weight a row pass {name}[:, None]" if shape == full[:1] else "")
         )
     return weights
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
+    if len(shape) > len(to):
+        return False
+    for size, full in zip(reversed(shape), reversed(to), strict=False):
+        if size != 1 and size != full:
+            return False
+    return True
 
 
 def _checked_beta(sigma: float | None, beta: float | None) -> float:
@@ -238,10 +238,9 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
             "normalizer must be a number or a tensor without dimensions, "
             f"got shape {tuple(normalizer.shape)}"
         )
-    _check_tensor("normalizer", normalizer, WEIGHT_DTYPES)
+    _check_tensor("normalizer", normalizer, WEIGHT_DTYPES, input)
     if normalizer.requires_grad:
         raise ValueError(
             "normalizer gets no gradient, got one that requires grad: pass normalizer.detach()"
         )
-    _check_device("normalizer", normalizer, input)
     return normalizer

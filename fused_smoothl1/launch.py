@@ -14,7 +14,6 @@ from fused_smoothl1.contract import (
     Needs,
     Problem,
     full_size_gradients,
-    has_masks,
     is_mask,
     sum_to_weights,
 )
@@ -136,7 +135,6 @@ def _launch(
         outputs[0].stride() if outputs else input.stride(),
         tuple(None if t is None else (tuple(t.shape), t.stride()) for t in operands),
         min(t.element_size() for t in (input, target, *outputs)),
-        has_masks(problem),
     )
     programs = _programs(input.device, numel, plan.block)
     reduces = problem.reduce and loss is not None
@@ -187,7 +185,6 @@ def _plan(
     order: Ints,
     operands: tuple[tuple[Ints, Ints] | None, ...],
     itemsize: int,
-    has_masks: bool,
 ) -> Plan:
     """Plan the walk through operands of these (shape, strides) in the order of these strides.
 

@@ -21,7 +21,6 @@ from fused_smoothl1.contract import (
     Problem,
     full_size_gradients,
     gradient_in_forward,
-    has_masks,
     make_problem,
     sum_to_weights,
 )
@@ -128,7 +127,7 @@ def _backward_of_forward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | 
     # A saved gradient is not differentiable; and its product with an upstream gradient that is not
     # finite would make NaN of what masks exclude.
     is_saved = needs == (has_input, has_target, False, False)
-    if is_saved and not torch.is_grad_enabled() and not has_masks(_unflatten(*tensors, *numbers)):
+    if is_saved and not torch.is_grad_enabled() and not _unflatten(*tensors, *numbers).has_masks:
         gradients = (grad_input * upstream, grad_target * upstream, upstream, upstream)
     else:
         gradients = backward(upstream, *tensors, *numbers, *needs)

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import backend_set
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -94,29 +96,29 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _select(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def _select(name: str) -> Iterator[str]:
     if name == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed on this machine")
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", name)
-    return name
+    with backend_set(name):
+        yield name
 
 
 @pytest.fixture(params=["eager", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on each backend."""
-    return _select(request.param, monkeypatch)
+    yield from _select(request.param)
 
 
 @pytest.fixture
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+def triton_backend() -> Iterator[str]:
     """Run the test on the kernel alone."""
-    return _select("triton", monkeypatch)
+    yield from _select("triton")
 
 
 @pytest.fixture
-def eager_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+def eager_backend() -> Iterator[str]:
     """Run the test on eager PyTorch alone."""
-    return _select("eager", monkeypatch)
+    yield from _select("eager")
 
 
 @pytest.fixture

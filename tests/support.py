@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1 import dispatch, smooth_l1_loss
 from tests import oracle
 
 ELEMENT = 16
@@ -48,11 +48,16 @@ def coin(*shape: int, seed: int, p: float = 0.5, device: str = "cpu") -> Tensor:
 
 
 @contextmanager
-def backend_set(name: str) -> Iterator[None]:
-    """Select a backend inside one test, for comparing the two."""
+def backend_set(name: str | None) -> Iterator[None]:
+    """Choose a backend (None: leave the choice unset) as for a new process, which reads it once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSED_SMOOTHL1_BACKEND", name)
+        if name is None:
+            patch.delenv("FUSED_SMOOTHL1_BACKEND", raising=False)
+        else:
+            patch.setenv("FUSED_SMOOTHL1_BACKEND", name)
+        dispatch.backend_on.cache_clear()
         yield
+    dispatch.backend_on.cache_clear()
 
 
 def beta_of(sigma: float | None, beta: float | None) -> float:

@@ -16,27 +16,17 @@ import torch
 import fused_smoothl1
 from fused_smoothl1 import dispatch, eager, smooth_l1_loss
 from tests.conftest import HAS_TRITON
-from tests.support import gaussian
+from tests.support import backend_set, gaussian
 
-CACHES = (dispatch._triton_on, dispatch._warn_once)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 
 
 @pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    """Forget what the dispatch has found out, and been warned of, as in a new process."""
-    for cache in CACHES:
-        cache.cache_clear()
-    yield
-    for cache in CACHES:
-        cache.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _modern_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An NVIDIA GPU that Triton serves, unless the test says otherwise."""
-    monkeypatch.delenv("FUSED_SMOOTHL1_BACKEND", raising=False)
+def _modern_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An NVIDIA GPU that Triton serves, and no backend chosen, unless the test says otherwise."""
     _replace_gpu(monkeypatch, (9, 0))
+    with backend_set(None):
+        yield
 
 
 def _replace_gpu(
@@ -66,9 +56,9 @@ def _silent(device: str) -> Any:
 @needs_triton
 @pytest.mark.parametrize("choice", ["auto", "triton"])
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "xpu:0"])
-def test_kernel(device: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", choice)
-    assert _silent(device) is _launch()
+def test_kernel(device: str, choice: str) -> None:
+    with backend_set(choice):
+        assert _silent(device) is _launch()
 
 
 @needs_triton
@@ -93,10 +83,10 @@ def test_eager(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "cpu"])
 def test_eager_by_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "eager")
     _replace_gpu(monkeypatch, (6, 1))
     _without_triton(monkeypatch)
-    assert _silent(device) is eager
+    with backend_set("eager"):
+        assert _silent(device) is eager
 
 
 @needs_triton
@@ -116,10 +106,10 @@ def test_too_old(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
     assert backends == [eager] * 3
     assert len(caught) == 1
     assert str(capability) in str(caught[0].message)
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*7\.5"):
-            dispatch.backend_on(device)
+    with backend_set("triton"):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*7\.5"):
+                dispatch.backend_on(device)
 
 
 @needs_triton
@@ -142,8 +132,8 @@ def test_no_triton(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends == [eager] * 3
     assert len(caught) == 1
     assert device in str(caught[0].message)
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*install"):
+    match = r"FUSED_SMOOTHL1_BACKEND=triton.*install"
+    with backend_set("triton"), pytest.raises(RuntimeError, match=match):
         dispatch.backend_on(torch.device(device))
 
 
@@ -157,8 +147,8 @@ def test_broken_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         backends = [dispatch.backend_on(device) for _ in range(3)]
     assert backends == [eager] * 3
     assert len(caught) == 1
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*cannot be imported"):
+    match = r"FUSED_SMOOTHL1_BACKEND=triton.*cannot be imported"
+    with backend_set("triton"), pytest.raises(RuntimeError, match=match):
         dispatch.backend_on(device)
 
 
@@ -184,20 +174,19 @@ def test_fallback_computes(monkeypatch: pytest.MonkeyPatch, device: str) -> None
         with pytest.warns(RuntimeWarning, match="eager"):
             loss = smooth_l1_loss(input, target)
         (gradient,) = torch.autograd.grad(loss, input)
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "eager")
-    expected = smooth_l1_loss(input, target)
+    with backend_set("eager"):
+        expected = smooth_l1_loss(input, target)
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, input)[0], rtol=0, atol=0)
 
 
 def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name on a device that Triton does not know: refused, with the way there."""
-    monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", "triton")
     if HAS_TRITON:
         monkeypatch.setattr(_launch(), "INTERPRETED", False)
     match = "TRITON_INTERPRET=1" if HAS_TRITON else "install"
     for device in ("mps", "cpu"):
-        with pytest.raises(RuntimeError, match=match):
+        with backend_set("triton"), pytest.raises(RuntimeError, match=match):
             dispatch.backend_on(torch.device(device))
 
 
