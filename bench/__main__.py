@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from bench import codegen, detector, train
+from bench import codegen, detector, train, tune
 from bench.cases import specs
 from bench.host import host_timings
 from bench.measure import copy_gbps
@@ -23,7 +23,12 @@ from bench.table import console, print_report
 RESULTS = Path(__file__).parent / "results"
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 # Each takes the arguments after its name.
-COMMANDS = {"codegen": codegen.main, "torchvision": detector.main, "train": train.main}
+COMMANDS = {
+    "codegen": codegen.main,
+    "torchvision": detector.main,
+    "train": train.main,
+    "tune": tune.main,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
