@@ -15,7 +15,7 @@ from bench import codegen, detector, train, tune
 from bench.cases import specs
 from bench.host import host_timings
 from bench.measure import copy_gbps
-from bench.plot import write_plot
+from bench.plot import write_plot, write_summary
 from bench.report import Report, describe, file_stem
 from bench.suite import QUICK_SECONDS, SECONDS, Conditions, Progress, run
 from bench.table import console, print_report
@@ -118,9 +118,11 @@ def _fill(report: Report, device: torch.device, quick: bool, out: Console) -> bo
 def _write(report: Report, stem: Path, out: Console) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     as_json, picture = stem.with_suffix(".json"), stem.with_suffix(".png")
+    summary = stem.with_name(f"{stem.name}-summary.png")
     report.write_json(as_json)
     write_plot(report, picture)
-    out.print(f"Wrote {as_json} and {picture.name}.", highlight=False)
+    write_summary(report, summary)
+    out.print(f"Wrote {as_json}, {picture.name} and {summary.name}.", highlight=False)
 
 
 if __name__ == "__main__":

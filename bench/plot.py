@@ -1,4 +1,8 @@
-"""The rows of a run as one picture: time above, percent of the copy below, a column per case."""
+"""The rows of a run as pictures.
+
+One with a column per case: time, percent of the copy, and at the largest size a bar per provider
+for time and for memory. One small enough for a README: the bars of the dense case.
+"""
 
 from collections.abc import Iterable
 from math import nan
@@ -27,39 +31,62 @@ STYLES = {
 FLOOR_STYLE: dict[str, Any] = {"color": "black", "linestyle": (0, (2, 2)), "linewidth": 1.0}
 COLUMN_INCHES, ROW_INCHES = 3.3, 3.1
 FULL = 100.0  # percent
+MEGABYTE = 1e6
+TIME = "ms, forward + backward"
+MEMORY = "peak extra MB, gradient included"
 WIDE_INCHES = 12  # the legend needs this much to stand in one line
 ROOM = 1.12  # empty space kept above the highest mark
 
 
 def write_plot(report: Report, path: Path) -> None:
-    """Draw the report; a case measured at one size alone gets bars, the others lines."""
+    """Draw the whole report."""
     groups = list(report.groups())
     if not groups:
         return
     figure, axes = plt.subplots(
-        2,
+        4,
         len(groups),
-        figsize=(max(COLUMN_INCHES * len(groups), 9.0), 2 * ROW_INCHES + 1.1),
+        figsize=(max(COLUMN_INCHES * len(groups), 9.0), 4 * ROW_INCHES + 1.1),
         squeeze=False,
         layout="constrained",
     )
     for column, ((case, dtype), rows) in enumerate(groups):
         timed = [row for row in rows if row.median_ms is not None]
-        one_size = len({row.numel for row in rows}) == 1
-        subtitle = f"{rows[0].numel:,} elements" if one_size else dtype
-        above, below = axes[0][column], axes[1][column]
-        above.set_title(f"{case}\n{subtitle}", fontsize=10, fontweight="bold")
-        if one_size:
-            _time_bars(above, timed, report.copy_gbps)
-            _percent_bars(below, timed)
-        else:
-            _time_lines(above, timed, report.copy_gbps)
-            _percent_lines(below, timed)
-    axes[0][0].set_ylabel("ms, forward + backward")
-    axes[1][0].set_ylabel("percent of the copy bandwidth")
+        time, percent, bars, memory = (line[column] for line in axes)
+        time.set_title(f"{case}\n{dtype}", fontsize=10, fontweight="bold")
+        _time_lines(time, timed, report.copy_gbps)
+        _percent_lines(percent, timed)
+        largest = [row for row in timed if row.numel == max(row.numel for row in timed)]
+        _time_bars(bars, largest, report.copy_gbps)
+        _memory_bars(memory, largest)
+    for line, label in zip(
+        axes, (TIME, "percent of the copy bandwidth", TIME, MEMORY), strict=True
+    ):
+        line[0].set_ylabel(label)
     _title_and_legend(figure, report)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def write_summary(report: Report, path: Path) -> None:
+    """Draw time and memory of the dense case in its first type, at the largest size."""
+    for (case, dtype), rows in report.groups():
+        timed = [row for row in rows if row.median_ms is not None]
+        if case != "dense" or not timed:
+            continue
+        largest = [row for row in timed if row.numel == max(row.numel for row in timed)]
+        figure, (time, memory) = plt.subplots(1, 2, figsize=(9.0, ROW_INCHES), layout="constrained")
+        _time_bars(time, largest, report.copy_gbps)
+        time.set_title(TIME, fontsize=10)
+        _memory_bars(memory, largest)
+        memory.set_title(MEMORY, fontsize=10)
+        figure.suptitle(
+            f"{largest[0].numel:,} {dtype} elements, both weights: {report.device}", fontsize=11
+        )
+        _legend(figure)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+        return
 
 
 def _title_and_legend(figure: Figure, report: Report) -> None:
@@ -68,6 +95,10 @@ def _title_and_legend(figure: Figure, report: Report) -> None:
     figure.suptitle(
         f"Smooth L1 with weights: {report.device}, {versions}, {copy}", fontsize=11, x=0.5
     )
+    _legend(figure)
+
+
+def _legend(figure: Figure) -> None:
     entries = [
         Line2D([], [], color=color, marker=marker, label=name)
         for name, (color, marker) in STYLES.items()
@@ -132,11 +163,14 @@ def _time_bars(axes: Axes, rows: list[Row], copy_gbps: float) -> None:
     _bars(axes, rows, _points(row.median_ms for row in rows))
     if rows:
         axes.axhline(rows[0].floor_bytes / copy_gbps / 1e6, **FLOOR_STYLE)
+        axes.set_xlabel(f"{rows[0].numel:,} elements")
 
 
-def _percent_bars(axes: Axes, rows: list[Row]) -> None:
-    _bars(axes, rows, _points(row.percent_of_copy for row in rows))
-    axes.axhline(FULL, **FLOOR_STYLE)
+def _memory_bars(axes: Axes, rows: list[Row]) -> None:
+    peaks = _points(row.peak_extra_bytes for row in rows)
+    _bars(axes, rows, [peak / MEGABYTE for peak in peaks])
+    if rows:
+        axes.set_xlabel(f"{rows[0].numel:,} elements")
 
 
 def _bars(axes: Axes, rows: list[Row], values: list[float]) -> None:
