@@ -60,7 +60,9 @@ class _Idle:
     def __init__(self, input: Tensor) -> None:
         self._loss, self._gradient = input.new_zeros(()), torch.zeros_like(input)
 
-    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+    def forward(
+        self, problem: Problem, needs: Needs, *, is_recorded: bool = False
+    ) -> tuple[Tensor, Gradients]:
         return self._loss.detach(), (self._gradient, None, None, None)
 
     def rescale(self, gradients: Gradients, upstream: Tensor) -> Gradients:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fused_smoothl1 import eager
 from fused_smoothl1.contract import (
@@ -40,7 +41,6 @@ class SmoothL1(torch.autograd.Function):
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
         ctx.gradients = gradients if now else None
         ctx.backend = backend
-        ctx.has_masks = problem.has_masks
         divisor = problem.divisor
         ctx.save_for_backward(
             input,
@@ -63,12 +63,13 @@ class SmoothL1(torch.autograd.Function):
         (upstream,) = upstreams
         backend: Backend = ctx.backend
         # What the forward pass computed is overwritten and handed out, so it serves one backward
-        # only; and it has no graph for a caller who wants to differentiate it.
+        # only.
         gradients: Gradients | None = ctx.gradients
         ctx.gradients = None
-        if torch.is_grad_enabled():
-            gradients = None
-        if gradients is not None and not ctx.has_masks:
+        # It has no graph for a caller who wants to differentiate it, and is not one of a batch.
+        is_composed = torch.is_grad_enabled() or is_legacy_batchedtensor(upstream)
+        *_, has_masks = ctx.options
+        if gradients is not None and not has_masks and not is_composed:
             return *backend.rescale(gradients, upstream), None, None
 
         # Raises if an operand was modified in place since, or if the graph was freed.
@@ -76,7 +77,7 @@ class SmoothL1(torch.autograd.Function):
         others = [n if s is None else s for s, n in zip(saved, ctx.numbers, strict=True)]
         problem = Problem(input, target, *others, *ctx.options)
         needs: Needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if is_composed:
             return *eager.differentiable_backward(problem, upstream, needs), None, None
         if gradients is not None:
             return *backend.refresh(problem, gradients, upstream, needs), None, None

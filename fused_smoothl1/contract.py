@@ -13,7 +13,11 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NOTHING: Needs = (False, False, False, False)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASK_DTYPES = (torch.bool, torch.uint8)
-# The largest finite number of each dtype of arithmetic.
+# For each dtype of arithmetic: the dtypes that have its range, and its largest finite number.
+FULL_RANGE = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
@@ -86,10 +90,13 @@ def make_problem(
 class Backend(Protocol):
     """The loss of a `Problem`, by some means."""
 
-    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+    def forward(
+        self, problem: Problem, needs: Needs, *, is_recorded: bool = False
+    ) -> tuple[Tensor, Gradients]:
         """Return the loss, and those gradients for an upstream gradient of 1 that are needed.
 
-        Only input and target may need one here, and only if `problem.reduce`.
+        Only input and target may need one here, and only if `problem.reduce`. A call that is
+        recorded may be replayed later: it must share no memory with other calls.
         """
         ...
 
@@ -115,15 +122,17 @@ class Backend(Protocol):
 def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     """Whether the forward pass may compute the gradients for an upstream gradient of 1.
 
-    Not in float16: gradients without the upstream gradient of a loss scaler in them underflow.
-    Not for weights: their gradients need temporaries, and are summed up to another shape.
+    Not in a dtype of less range than the arithmetic's: in float16, gradients without the upstream
+    gradient of a loss scaler in them underflow. Not for weights: their gradients need temporaries,
+    and are summed up to another shape.
     """
     needs_input, needs_target, needs_inside, needs_outside = needs
+    wide = FULL_RANGE[problem.compute_dtype]
     return (
         problem.reduce
         and not (needs_inside or needs_outside)
-        and not (needs_input and problem.input.dtype == torch.float16)
-        and not (needs_target and problem.target.dtype == torch.float16)
+        and (not needs_input or problem.input.dtype in wide)
+        and (not needs_target or problem.target.dtype in wide)
     )
 
 

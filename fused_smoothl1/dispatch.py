@@ -20,7 +20,7 @@ CHOICES = ("auto", "eager", "triton")
 TRITON_DEVICES = ("cuda", "xpu")
 # The oldest NVIDIA architecture that Triton supports.
 MINIMUM_CAPABILITY = (7, 5)
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float))
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, int))
 
 
 def backend_for(input: Tensor) -> Backend:
@@ -93,6 +93,8 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
             return None, f"Triton needs compute capability 7.5, and {device} has {capability}"
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return None, f"the kernel adds up in float64, which {device} does not have"
     # Imported here because it imports Triton, which importing this package must not need.
     try:
         from fused_smoothl1 import launch

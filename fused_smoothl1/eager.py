@@ -32,7 +32,9 @@ BLOCK = 1 << 17
 WIDEST = 16
 
 
-def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+def forward(
+    problem: Problem, needs: Needs, *, is_recorded: bool = False
+) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1."""
     factor = _factor(problem)
     gradients = full_size_gradients(problem, needs)
@@ -62,8 +64,12 @@ def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
     """Multiply what `forward` returned by the upstream gradient, in place."""
     if not _is_known_to_be_one(upstream):
         for gradient in gradients:
-            if gradient is not None:
+            if gradient is None:
+                continue
+            if gradient.is_cpu or gradient.dtype == upstream.dtype:
                 gradient.mul_(upstream)
+            else:  # Where a GPU would round the upstream gradient to 16 bits first.
+                gradient.copy_(gradient.to(upstream.dtype).mul_(upstream))
     return gradients
 
 
@@ -89,18 +95,19 @@ def composition(problem: Problem) -> Tensor:
         # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
         # (masked_fill would take the memory format of the mask.)
         difference = torch.where(selected, difference, 0)
-        weights = [torch.where(selected, w, 0) if isinstance(w, Tensor) else w for w in weights]
+        weights = [w if _is_one(w) else torch.where(selected, w, 0) for w in weights]
     inside, outside = weights
-    x = difference if _is_one(inside) else inside * difference
+    # What comes first in a product decides the memory format. (F.smooth_l1_loss has none of its
+    # own for the gradient.)
+    x = difference if _is_one(inside) else difference * inside
+    loss = _sign(x) * x
     if problem.inverse_beta < math.inf:
-        # F.smooth_l1_loss gives gradients without the input's memory format.
-        clamped = x.clamp(-problem.beta, problem.beta)
-        loss = clamped / problem.beta * (x - 0.5 * clamped)
-    else:
-        loss = _sign(x.detach()) * x
-    loss = loss if _is_one(outside) else outside * loss
-    if selected is not None and not isinstance(outside, Tensor) and not math.isfinite(outside):
-        loss = torch.where(selected, loss, 0)
+        # Not a product of two parts of the loss: its derivative would be inf - inf where an
+        # upstream gradient is inf.
+        beta = problem.beta
+        clamped = x.clamp(-beta, beta)
+        loss = torch.where(x.abs() < beta, 0.5 * clamped * (clamped / beta), loss - 0.5 * beta)
+    loss = loss if _is_one(outside) else loss * outside
     if problem.reduce:
         loss = loss.sum()
         loss = loss / problem.divisor if problem.input.numel() else loss
@@ -140,7 +147,7 @@ def _factor(problem: Problem) -> Tensor | float:
 @lru_cache(maxsize=256)
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """Return a number as a tensor: products with one cost a fraction of the host time."""
-    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def _is_known_to_be_one(upstream: Tensor) -> bool:
@@ -175,8 +182,9 @@ def _evaluate(
 
     Returns the sum of the loss over each block, or None for each if it is not wanted.
     """
-    whole = (*problem[:4], factor, loss, *gradients)
-    blocks = _blocks(whole) if problem.input.numel() > BLOCK else (whole,)
+    given, results = (*problem[:4], factor), (loss, *gradients)
+    is_small = problem.input.numel() <= BLOCK
+    blocks = ((*given, *results),) if is_small else _blocks(given, results)
     return [_evaluate_block(problem, want_sum, *block) for block in blocks]
 
 
@@ -198,9 +206,9 @@ def _evaluate_block(
     excluded: Tensor | None = None
     if problem.has_masks:
         if is_mask(inside):
-            excluded, inside = _excluded(inside), 1.0
+            excluded, inside = _unselected(inside), 1.0
         if is_mask(outside):
-            outside_excluded, outside = _excluded(outside), 1.0
+            outside_excluded, outside = _unselected(outside), 1.0
             excluded = outside_excluded if excluded is None else excluded | outside_excluded
 
     is_weighted = not _is_one(inside)
@@ -209,8 +217,9 @@ def _evaluate_block(
         x.mul_(inside)
     if excluded is not None:
         _exclude(x, excluded)
-        # The loss and the slope are 0 there now, and finite numbers leave them 0.
-        if all(map(_is_known_to_be_finite, (inside, outside, factor))):
+        # The loss and the slope are 0 there now, and finite numbers leave them 0. What is left
+        # is the difference, which is a factor of the inside weights' gradient.
+        if grad_inside is None and all(map(_is_known_to_be_finite, (inside, outside, factor))):
             excluded = None
 
     # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
@@ -272,7 +281,7 @@ def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
         _exclude(gradient, excluded)
 
 
-def _excluded(mask: Tensor) -> Tensor:
+def _unselected(mask: Tensor) -> Tensor:
     """Return what a mask does not select, once for all elements that share it."""
     once = tuple(slice(1) if step == 0 else slice(None) for step in mask.stride())
     return mask[once].logical_not()
@@ -280,23 +289,27 @@ def _excluded(mask: Tensor) -> Tensor:
 
 def _exclude(values: Tensor, excluded: Tensor) -> None:
     """Set what is excluded to 0."""
-    if excluded.shape[-1:] == (1,) and values.is_contiguous():
+    if values.is_cpu and excluded.shape[-1:] == (1,) and values.stride(-1) == 1:
         # A loop over the 4 coordinates of each box costs several times as much as the work in it.
         per_element = WIDEST // values.element_size()
-        if values.shape[-1] % per_element == 0 == values.storage_offset() % per_element:
+        steps = (values.shape[-1], values.storage_offset(), *values.stride()[:-1])
+        if not any(step % per_element for step in steps):
             values = values.view(torch.complex128)
     values.masked_fill_(excluded, 0)
 
 
-def _blocks(whole: tuple[Tensor | float | None, ...]) -> Iterator[tuple[Any, ...]]:
+def _blocks(
+    given: tuple[Tensor | float, ...], results: tuple[Tensor | None, ...]
+) -> Iterator[tuple[Any, ...]]:
     """Split what belongs to all elements into views of blocks of at most `BLOCK` elements.
 
-    The first is the input, and from the sixth on they are results; numbers belong to every block.
+    The first given is the input. Numbers belong to every block.
     """
+    whole = (*given, *results)
     tensors = [t for t in whole if isinstance(t, Tensor)]
     shape = tensors[0].shape
     # The order of the results, if there are any, because they are written.
-    order = next((t for t in whole[5:] if isinstance(t, Tensor)), tensors[0])
+    order = next((t for t in results if t is not None), tensors[0])
     strides = [broadcast_strides(t.shape, t.stride(), shape) for t in tensors]
     sizes, collapsed = collapse(tuple(shape), (order.stride(), *strides))
     rest = iter(collapsed[1:])

@@ -78,8 +78,9 @@ def smooth_l1_loss(
         For each of input, target, inside and outside weights that requires one, in its own dtype
         and shape, of any order. Arithmetic and sums are in float32 (float64 if any operand is
         float64), and float16 gradients are rounded once, after the upstream gradient has been
-        multiplied in, so that a gradient scaler works as it should. Modifying an operand in place
-        between forward and backward raises, as everywhere in PyTorch.
+        multiplied in, so that a gradient scaler works as it should. If an operand is modified in
+        place after the forward pass, a backward pass that needs it again raises, as everywhere in
+        PyTorch; one that does not is right.
 
     Raises:
         TypeError: if input or target is no tensor or has another dtype; if weights, ``sigma``,
@@ -117,8 +118,7 @@ def smooth_l1_loss(
     chosen_beta = _checked_beta(sigma, beta)
     reduce = reduction != "none"
     problem = make_problem(input, target, inside, outside, divisor, chosen_beta, reduce)
-    operands = (input, target, inside, outside)
-    if not is_plain(operands):
+    if not is_plain((input, target, inside, outside, divisor)):
         return ops.smooth_l1(problem)
     backend = backend_for(input)
     if torch.is_grad_enabled():
@@ -145,6 +145,8 @@ def _check_tensor(
             f"{name} must have one of the dtypes {allowed}, got {value.dtype}"
             + (f": pass {name}.float()" if value.dtype in INTEGER_DTYPES else "")
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {value.layout}: pass {name}.to_dense()")
     if input is not None and value.device != input.device:
         raise ValueError(
             f"{name} must be on input's device, got {name} on {value.device} "
@@ -160,10 +162,10 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
             # A mask as well, of all elements or of none.
             return torch.full((), weights, device=input.device)
         if isinstance(weights, Real):
-            return float(weights)
+            return _number(name, weights)
         raise TypeError(
-            f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}: "
-            "torch.as_tensor makes one"
+            f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}"
+            + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
         )
     _check_tensor(name, weights, WEIGHT_DTYPES, input)
     if not _broadcasts(weights.shape, input.shape):
@@ -192,20 +194,27 @@ def _checked_beta(sigma: float | None, beta: float | None) -> float:
             "beta is 1 / sigma ** 2"
         )
     if sigma is not None:
-        if not _number("sigma", sigma) > 0:
+        root = _number("sigma", sigma)
+        if not root > 0:
             raise ValueError(f"sigma must be in (0, inf], got {sigma}")
-        return 1.0 / sigma / sigma
+        return 1.0 / root / root
     if beta is not None:
-        if not 0 <= _number("beta", beta) < math.inf:
+        chosen = _number("beta", beta)
+        if not 0 <= chosen < math.inf:
             raise ValueError(f"beta must be in [0, inf), got {beta}")
-        return float(beta)
+        return chosen
     return 1.0
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, otherwise: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    return float(value)
+        raise TypeError(f"{name} must be a real number{otherwise}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number that a float can hold, got a larger one"
+        ) from None
 
 
 def _check_reduction(reduction: str) -> None:
@@ -227,12 +236,13 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
             f'normalizer is allowed only with reduction="sum", got reduction={reduction!r}'
         )
     if not isinstance(normalizer, Tensor):
-        if not 0 < _number("normalizer", normalizer) < math.inf:
+        chosen = _number("normalizer", normalizer, " or a torch.Tensor without dimensions")
+        if not 0 < chosen < math.inf:
             raise ValueError(
                 f"normalizer must be a finite number above 0, got {normalizer}: "
                 "max(n, 1) serves for a count that may be 0"
             )
-        return float(normalizer)
+        return chosen
     if normalizer.dim() != 0:
         raise ValueError(
             "normalizer must be a number or a tensor without dimensions, "

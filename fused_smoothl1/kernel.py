@@ -44,8 +44,10 @@ def _blocks(numel, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     program = tl.program_id(0)
     whole = numel // BLOCK
     if TAIL:
+        # (cdiv would overflow near the largest int32.)
+        has_tail = whole * BLOCK < numel
         is_its_turn = program == whole % tl.num_programs(0)
-        return whole, tl.where(is_its_turn, tl.cdiv(numel, BLOCK), whole)
+        return whole, tl.where(has_tail & is_its_turn, whole + 1, whole)
     else:
         return program, whole
 
@@ -276,10 +278,10 @@ def smooth_l1_kernel(
             if ticket == programs - 1:
                 position = tl.arange(0, PARTIALS)
                 sums = tl.zeros([PARTIALS], tl.float64)
-                for start in range(0, programs, PARTIALS):
+                for offset in range(0, programs, PARTIALS):
                     sums += tl.load(
-                        partials_ptr + start + position,
-                        mask=start + position < programs,
+                        partials_ptr + offset + position,
+                        mask=offset + position < programs,
                         other=0,
                         cache_modifier=".cg",
                     )

@@ -61,7 +61,9 @@ class Plan(NamedTuple):
     is_long: bool
 
 
-def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+def forward(
+    problem: Problem, needs: Needs, *, is_recorded: bool = False
+) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1, in one launch."""
     input = problem.input
     gradients = full_size_gradients(problem, needs)
@@ -69,7 +71,7 @@ def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
         loss = input.new_empty((), dtype=problem.loss_dtype)
     else:
         loss = torch.empty_like(input, dtype=problem.loss_dtype)
-    _launch(problem, None, loss, gradients)
+    _launch(problem, None, loss, gradients, is_recorded=is_recorded)
     return loss, gradients
 
 
@@ -84,7 +86,8 @@ def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
     """Multiply what `forward` returned by the upstream gradient, in place and in one launch."""
     first, *others = [gradient for gradient in gradients if gradient is not None]
     numel = first.numel()
-    if not others and numel < MULTIPLY_BELOW:
+    # (PyTorch's product of 16 bits with float32 on a GPU would round the upstream gradient first.)
+    if not others and numel < MULTIPLY_BELOW and first.dtype == upstream.dtype:
         first.mul_(upstream)
         return gradients
     block = TILE_BYTES // min(gradient.element_size() for gradient in (first, *others))
@@ -92,7 +95,7 @@ def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
         rescale_kernel[(_programs(first.device, numel, block),)](
             gradients[0],
             gradients[1],
-            upstream,
+            _stored(upstream),
             numel,
             TRITON_DTYPES[upstream.dtype],
             tl.int64 if numel + block > INT32_MAX else tl.int32,
@@ -117,15 +120,17 @@ def _launch(
     upstream: Tensor | None,
     loss: Tensor | None,
     gradients: Gradients,
+    *,
     unless_one: bool = False,
+    is_recorded: bool = False,
 ) -> None:
     input, target, inside, outside, divisor = problem[:5]
     operands = (
-        input,
-        target,
-        inside if isinstance(inside, Tensor) else None,
-        outside if isinstance(outside, Tensor) else None,
-        upstream,
+        _stored(input),
+        _stored(target),
+        _stored(inside) if isinstance(inside, Tensor) else None,
+        _stored(outside) if isinstance(outside, Tensor) else None,
+        _stored(upstream) if upstream is not None else None,
     )
     elementwise_loss = None if problem.reduce else loss
     outputs = [t for t in (elementwise_loss, *gradients) if t is not None]
@@ -140,13 +145,15 @@ def _launch(
     reduces = problem.reduce and loss is not None
     with _device_of(input):
         partials, ticket = (
-            _workspace(input.device, programs) if reduces and programs > 1 else (None, None)
+            _workspace(input.device, programs, is_recorded)
+            if reduces and programs > 1
+            else (None, None)
         )
         kinds = [access.kind for access in plan.accesses]
         try:
             smooth_l1_kernel[(programs,)](
                 *operands,
-                divisor if isinstance(divisor, Tensor) else None,
+                _stored(divisor) if isinstance(divisor, Tensor) else None,
                 loss,
                 *gradients,
                 partials,
@@ -257,11 +264,12 @@ def _warps() -> int:
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
-def _workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+def _workspace(device: torch.device, programs: int, is_recorded: bool) -> tuple[Tensor, Tensor]:
     """Return room for one partial sum a program, and a ticket at 0.
 
     Launches on one stream follow each other and each leaves the ticket at 0, so they share both. A
-    graph may be replayed on any stream, so a captured launch gets its own, zeroed in the graph.
+    graph may be replayed on any stream, so a captured launch gets its own, zeroed in the graph. So
+    does one that is recorded: torch.compile warms its graphs up in the memory they will use.
     """
     if device.type == "cpu":
         stream, capturing = 0, False
@@ -270,12 +278,13 @@ def _workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
         stream = module.current_stream(device).stream_id
         is_capturing = getattr(module, "is_current_stream_capturing", None)
         capturing = is_capturing is not None and is_capturing()
-    if capturing:
+    if capturing or is_recorded:
         return _new_workspace(device, programs)
-    if (device, stream) not in _workspaces:
+    workspace = _workspaces.get((device, stream))
+    if workspace is None:
         most = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
-        _workspaces[device, stream] = _new_workspace(device, most)
-    return _workspaces[device, stream]
+        workspace = _workspaces[device, stream] = _new_workspace(device, most)
+    return workspace
 
 
 def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
@@ -283,6 +292,14 @@ def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]
         torch.empty(programs, dtype=torch.float64, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Return the tensor with its values in memory, where views of complex ones may be negated.
+
+    An upstream gradient of zeros may even have no memory.
+    """
+    return torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor.resolve_neg()
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[None]:

@@ -64,7 +64,7 @@ def forward(
         *tensors, inside_number, outside_number, divisor_number, count, beta, reduce
     )
     needs = (needs_input, needs_target, False, False)
-    loss, gradients = backend_for(input).forward(problem, needs)
+    loss, gradients = backend_for(input).forward(problem, needs, is_recorded=True)
     grad_input, grad_target, _, _ = _present(input, gradients)
     return loss, grad_input, grad_target
 
@@ -128,7 +128,9 @@ def _backward_of_forward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | 
     # finite would make NaN of what masks exclude.
     is_saved = needs == (has_input, has_target, False, False)
     if is_saved and not torch.is_grad_enabled() and not _unflatten(*tensors, *numbers).has_masks:
-        gradients = (grad_input * upstream, grad_target * upstream, upstream, upstream)
+        # In the wider dtype: a product of 16 bits with float32 may round the latter first.
+        scaled = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in (grad_input, grad_target))
+        gradients = (*scaled, upstream, upstream)
     else:
         gradients = backward(upstream, *tensors, *numbers, *needs)
     chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))

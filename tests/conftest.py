@@ -9,6 +9,7 @@ the whole run: a kernel that reads what it did not write, or does not write what
 gives NaN here rather than the zeros a fresh page happens to hold.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -25,6 +26,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _has_interpreter() -> bool:
+    """Whether Triton's interpreter works: that of 3.6 does not with NumPy 2.4 and newer."""
+
+    def version(package: str) -> tuple[int, ...]:
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+
+    return HAS_TRITON and (version("triton") >= (3, 7) or version("numpy") < (2, 4))
+
+
+# On a GPU the kernel is compiled; what runs on the CPU there too still needs the interpreter.
+HAS_INTERPRETER = _has_interpreter()
+NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
 
 hypothesis.settings.register_profile(
     "ci",

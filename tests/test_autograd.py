@@ -310,3 +310,40 @@ def test_module_trains_a_layer(backend: str, device: str) -> None:
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.9 * history[0]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batch_of_upstream_gradients(reduction: str, backend: str, device: str) -> None:
+    operands = _operands(device)
+    loss = smooth_l1_loss(*operands, reduction=reduction)
+    upstream = torch.stack([torch.full_like(loss, value) for value in (1.0, -2.0)])
+    found = torch.autograd.grad(loss, operands, upstream, is_grads_batched=True)
+    for i, one in enumerate(upstream):
+        loss = smooth_l1_loss(*operands, reduction=reduction)
+        expected = torch.autograd.grad(loss, operands, one)
+        for batched, gradient in zip(found, expected, strict=True):
+            torch.testing.assert_close(batched[i], gradient)
+
+
+def test_vectorized_jacobian(backend: str, device: str) -> None:
+    input, target, *_ = _operands(device)
+    jacobian: Any = torch.autograd.functional.jacobian
+    found = jacobian(lambda x: smooth_l1_loss(x, target, reduction="none"), input, vectorize=True)
+    expected = jacobian(lambda x: smooth_l1_loss(x, target, reduction="none"), input)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("part", ["real", "negated"])
+def test_upstream_gradient_of_a_complex_function(
+    part: str, reduction: str, backend: str, device: str
+) -> None:
+    """One of zeros has no memory, and one behind a conjugation has its negatives in memory."""
+    input, target, *_ = _operands(device, (True, False, False, False))
+    loss = smooth_l1_loss(input, target, reduction=reduction)
+    complex_loss = torch.complex(torch.ones_like(loss), loss)
+    result = complex_loss.real if part == "real" else complex_loss.conj().imag
+    (found,) = torch.autograd.grad(result, input, torch.ones_like(loss))
+    loss = smooth_l1_loss(input, target, reduction=reduction)
+    upstream = torch.full_like(loss, 0.0 if part == "real" else -1.0)
+    torch.testing.assert_close(found, torch.autograd.grad(loss, input, upstream)[0])

@@ -30,8 +30,13 @@ def _modern_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _replace_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    hip: str | None = None,
+    has_fp64: bool = True,
 ) -> None:
+    properties = SimpleNamespace(has_fp64=has_fp64)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda *_: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -110,6 +115,15 @@ def test_too_old(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"FUSED_SMOOTHL1_BACKEND=triton.*7\.5"):
                 dispatch.backend_on(device)
+
+
+@needs_triton
+def test_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of Intel's GPUs have none, and the kernel adds up in it."""
+    _replace_gpu(monkeypatch, (9, 0), has_fp64=False)
+    with pytest.warns(RuntimeWarning, match=r"eager.*float64.*xpu:0"):
+        assert dispatch.backend_on(torch.device("xpu", 0)) is eager
+    assert _silent("cuda") is _launch()
 
 
 @needs_triton

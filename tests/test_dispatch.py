@@ -14,7 +14,7 @@ import torch
 
 import fused_smoothl1
 from fused_smoothl1 import smooth_l1_loss
-from tests.conftest import HAS_TRITON
+from tests.conftest import HAS_INTERPRETER, HAS_TRITON, NO_INTERPRETER
 from tests.support import backend_set, gaussian
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def test_triton_on_the_cpu_without_the_interpreter_says_how() -> None:
     assert "cpu" in last
 
 
-@needs_triton
+@pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER)
 def test_triton_on_the_cpu_with_the_interpreter() -> None:
     _succeeds(USE, FUSED_SMOOTHL1_BACKEND="triton", TRITON_INTERPRET="1")
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.multiprocessing.spawn import spawn
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.conftest import HAS_TRITON
+from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER
 from tests.support import backend_set, coin, gaussian
 
 RANKS = 2
@@ -256,8 +256,8 @@ def verdicts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, str]]:
     """What each process says of each check."""
-    if request.param == "triton" and not HAS_TRITON:
-        pytest.skip("Triton is not installed on this machine")
+    if request.param == "triton" and not HAS_INTERPRETER:
+        pytest.skip(NO_INTERPRETER)
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_SMOOTHL1_BACKEND", request.param)

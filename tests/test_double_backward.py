@@ -187,3 +187,43 @@ def test_gradient_penalty_in_16_bits(dtype: torch.dtype, backend: str, device: s
         gradients.append(input.grad.float())
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(gradients[0], gradients[1], rtol=4 * eps, atol=4 * eps)
+
+
+def test_of_l1_is_zero(backend: str, device: str) -> None:
+    """Beside the kink the gradient is constant: its gradient is 0, not missing."""
+    input = gaussian(6, seed=1, device=device, requires_grad=True)
+    loss = smooth_l1_loss(input, torch.zeros_like(input), beta=0.0, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+    assert gradient.tolist() == input.sign().tolist()
+    assert torch.autograd.grad(gradient.sum(), input)[0].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": 0.5}, {"sigma": 3.0}], ids=str)
+@pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan, 0.0])
+@pytest.mark.parametrize("outside", [1.0, math.inf])
+def test_first_gradient_is_the_same(
+    outside: float, upstream: float, options: dict[str, float], backend: str, device: str
+) -> None:
+    """To ask for a graph changes no gradient, for any upstream gradient and under masks too."""
+    input = torch.tensor([2.0, -1.0, 0.1, -1e-3, 0.5, math.nan], device=device, requires_grad=True)
+    mask = torch.arange(6, device=device) < 5
+    gradients: list[Tensor] = []
+    for create_graph in (False, True):
+        loss = smooth_l1_loss(
+            input, torch.zeros_like(input), mask, outside, reduction="sum", **options
+        )
+        given = torch.full_like(loss, upstream)
+        gradients += torch.autograd.grad(loss, input, given, create_graph=create_graph)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_keeps_the_memory_format(reduction: str, backend: str, device: str) -> None:
+    """Full-size weights of another format do not decide it."""
+    shape = (2, 4, 3, 5)
+    input = gaussian(*shape, seed=1, device=device).to(memory_format=torch.channels_last)
+    input.requires_grad_()
+    rest = [gaussian(*shape, seed=seed, device=device) for seed in (2, 3, 4)]
+    loss = smooth_l1_loss(input, *rest, reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss, input, torch.ones_like(loss), create_graph=True)
+    assert gradient.stride() == input.stride()

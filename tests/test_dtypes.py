@@ -232,3 +232,11 @@ def test_bits_of_16_bit_results_agree(dtype: torch.dtype, device: str, triton_ba
             results[-1] += (loss.detach(),)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_narrower_than_the_loss(dtype: torch.dtype, backend: str, device: str) -> None:
+    """The upstream gradient meets it in the wider type: either may be beyond the narrower's."""
+    input = torch.tensor([0.0, 1.0, -3.0], dtype=dtype, device=device, requires_grad=True)
+    target = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, device=device)
+    check(input, target, None, 1e-45, reduction="sum", upstream=1e45)

@@ -247,3 +247,24 @@ def test_options_are_keywords_and_unknown_ones_raise(keywords: Any, device: str)
     operand = torch.zeros(SHAPE, device=device)
     with pytest.raises(TypeError, match="positional"):
         smooth_l1_loss(operand, operand, None, None, 3.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["input", "target", "inside_weights", "outside_weights"])
+def test_sparse(name: str, backend: str, device: str) -> None:
+    call = _call(device, **{name: torch.ones(SHAPE, device=device).to_sparse()})
+    _raises(TypeError, call, name, "sparse", "dense")
+
+
+@pytest.mark.parametrize(
+    "name", ["sigma", "beta", "inside_weights", "outside_weights", "normalizer"]
+)
+def test_number_beyond_floats(name: str, backend: str, device: str) -> None:
+    _raises(ValueError, _call(device, reduction="sum", **{name: 10**400}), name, "float")
+
+
+def test_smallest_normalizers(backend: str, device: str) -> None:
+    """Any number above 0 is allowed, though its reciprocal be beyond float32."""
+    input = torch.ones(2, device=device, requires_grad=True)
+    loss = smooth_l1_loss(input, torch.zeros_like(input), reduction="sum", normalizer=1e-40)
+    assert loss.item() > 1e29
+    assert torch.autograd.grad(loss, input)[0].tolist() == [math.inf] * 2

@@ -227,3 +227,32 @@ def test_more_than_2_31_elements(triton_backend: str, unpoisoned: None) -> None:
     assert input.grad[-1].item() == 1.0
     assert input.grad[2**31 - 1].item() == 0.5
     assert input.grad.count_nonzero().item() == 2
+
+
+@pytest.mark.parametrize("name", ["input", "target", "weights", "normalizer"])
+def test_negated_view(name: str, backend: str, device: str) -> None:
+    """The imaginary part of a conjugate holds the negatives of its values in memory."""
+
+    def view(negated: str, *shape: int) -> Tensor:
+        values = gaussian(*shape, seed=len(negated), device=device) + 3.0
+        hidden = torch.complex(torch.zeros_like(values), -values).conj().imag
+        assert hidden.is_neg()
+        return hidden if name == negated else values
+
+    operands = (view("input", 5, 4).requires_grad_(), view("target", 5, 4), view("weights", 5, 1))
+    check(*operands, reduction="sum", normalizer=view("normalizer"), upstream=2.0)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1])
+def test_blocks_cover_everything(numel: int, device: str, triton_backend: str) -> None:
+    """Whole blocks, and the tail once: also where a 32-bit index of one more would overflow."""
+    from tests.kernels import blocks_kernel
+
+    programs, block = 3, 1024
+    found = torch.empty((programs, 2, 2), dtype=torch.int64, device=device)
+    blocks_kernel[(programs,)](found, numel, block)
+    whole, tails = found.unbind(1)
+    assert whole.tolist() == [[program, numel // block] for program in range(programs)]
+    lengths = [stop - start for start, stop in tails.tolist()]
+    assert sorted(lengths) == [0, 0, 1 if numel % block else 0]
+    assert {start for start, _ in tails.tolist()} == {numel // block}

@@ -12,6 +12,7 @@ The shapes, and what each is for:
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -298,3 +299,12 @@ def test_module_takes_the_normalizer_in_its_call(backend: str, device: str) -> N
     module = SmoothL1Loss(beta=0.5, reduction="sum")
     expected = smooth_l1_loss(input, target, beta=0.5, reduction="sum", normalizer=count)
     assert torch.equal(module(input, target, normalizer=count), expected)
+
+
+def test_sigma_of_another_precision(backend: str, device: str) -> None:
+    """A number of NumPy is a number: what follows from it is not computed in its few digits."""
+    operands = [gaussian(9, seed=seed, dtype=torch.float64, device=device) for seed in (1, 2)]
+    sigma: Any = np.float16(3)
+    assert_same(
+        "loss", smooth_l1_loss(*operands, sigma=sigma), smooth_l1_loss(*operands, sigma=3.0)
+    )

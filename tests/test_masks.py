@@ -186,3 +186,31 @@ def test_mask_at_the_tail_of_a_block(size: int, backend: str, device: str) -> No
         target = gaussian(size, seed=2, device=device, requires_grad=True)
         check(input, target, mask, None, reduction="mean", upstream=2.0)
         check(input, target, None, mask, reduction="none", upstream=2.0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("columns", [0, 4, 8])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_few_rows_of_a_wider_tensor(
+    reduction: str, columns: int, rows: int, backend: str, device: str
+) -> None:
+    """The stride of a dimension of size 1 or 0 may be anything."""
+    wide = gaussian(rows, 11, seed=1, device=device, requires_grad=True)
+    target = gaussian(rows, columns, seed=2, device=device)
+    mask = torch.ones(rows, 1, dtype=torch.bool, device=device)
+    outside = gaussian(rows, 1, seed=3, device=device)
+    input = wide[:, :columns]
+    check(input, target, mask, outside, reduction=reduction, upstream=math.inf)
+    check(input.detach(), target, mask, reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (N, 1), (N, C)], ids=str)
+@pytest.mark.parametrize("bad", BAD)
+def test_gradient_of_inside_weights_beside_a_mask(
+    bad: float, shape: tuple[int, ...], backend: str, device: str
+) -> None:
+    """It holds the difference as a factor, which is not 0 where the loss and its slope are."""
+    input, target = _operands(bad, "input", device)
+    inside = gaussian(*shape, seed=3, device=device).abs().requires_grad_()
+    found = check(input, target, inside, _rows(device), reduction="sum", upstream=2.0)
+    assert found["inside_weights"].isfinite().all()

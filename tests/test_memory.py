@@ -46,6 +46,7 @@ def _watched(device: str) -> Iterator[Usage]:
     gc.collect()  # Triton's interpreter leaves cycles of references to its last operands.
     if device == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # A block that it keeps would be handed out, and counted, whole.
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield usage

@@ -254,3 +254,17 @@ def test_gradgradcheck(triton_backend: str, device: str) -> None:
 
     assert torch.autograd.gradcheck(loss, (input, inside, outside))
     assert torch.autograd.gradgradcheck(loss, (input, inside, outside))
+
+
+def test_shares_no_workspace(device: str, triton_backend: str) -> None:
+    """What torch.compile records in a graph must not use memory that is kept for other calls."""
+    from fused_smoothl1 import launch
+
+    input, target = (gaussian(20_011, seed=seed, device=device) for seed in (1, 2))
+    problem = make_problem(input, target, 1.0, 1.0, 20_011, 0.5, True)
+    launch._workspaces.clear()
+    found = FORWARD(*ops._flatten(problem), True, False)
+    assert not launch._workspaces
+    expected = launch.forward(problem, (True, False, False, False))
+    assert launch._workspaces, "it takes one, where calls follow each other on a stream"
+    torch.testing.assert_close(found[:2], (expected[0], expected[1][0]), rtol=0, atol=0)

@@ -278,14 +278,22 @@ def test_several_devices(backend: str) -> None:
 
 
 def test_compiled_with_graphs(triton_backend: str) -> None:
-    """torch.compile's own CUDA graphs, around the registered operator."""
+    """torch.compile's own CUDA graphs, around the registered operator.
+
+    No call before has reserved a workspace that it could use: it must not keep one in the graphs'
+    memory.
+    """
+    from fused_smoothl1 import launch
+
     torch._dynamo.reset()
     compiled = torch.compile(smooth_l1_loss, fullgraph=True, mode="reduce-overhead")
     for seed in (0, 10, 20, 30):
         operands = _operands(seed)
+        launch._workspaces.clear()
         torch.compiler.cudagraph_mark_step_begin()
         loss = compiled(*operands, sigma=2.0)
         (gradient,) = torch.autograd.grad(loss, operands[0])
+        assert not launch._workspaces
         expected = smooth_l1_loss(*operands, sigma=2.0)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, operands[0])[0])
