@@ -26,8 +26,9 @@ from fused_smoothl1.contract import (
 )
 from fused_smoothl1.layout import broadcast_strides, collapse
 
-# Elements in a block: its scratch and its part of each operand stay in the cache of a core or two.
-BLOCK = 1 << 17
+# Elements in a block: its scratch and its part of each operand stay in the caches, and the host
+# time of its dozen operations does not show (measured: bench/RESULTS.md).
+BLOCK = 1 << 18
 # Bytes of the widest element that PyTorch knows.
 WIDEST = 16
 
