@@ -97,11 +97,7 @@ def _remembered(kernel, programs, *key):
 
 def _launch("""
 
-# Assumes that a loss is wanted, as in every forward pass.
-SHARED = """        if not _is_one(outside):
-            slope.mul_(outside)
-        loss = x.mul_(slope)
-"""
+SUM = "    block_sum: Tensor | None = None\n"
 
 EXPERIMENTS = (
     Experiment(
@@ -238,7 +234,11 @@ EXPERIMENTS = (
             Variant(
                 "shared",
                 (
-                    Edit("eager", "        loss = x.mul_(slope)\n", SHARED),
+                    Edit(
+                        "eager",
+                        SUM,
+                        f"    if not _is_one(outside):\n        slope.mul_(outside)\n{SUM}",
+                    ),
                     Edit("eager", "            loss.mul_(outside)\n", "            pass\n"),
                     Edit(
                         "eager",
