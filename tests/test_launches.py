@@ -133,3 +133,31 @@ def test_new_sigma_is_the_same_kernel(device: str, launches: list[str]) -> None:
     for beta in (1 / 9, 0.0, 1.0, 16.0):
         smooth_l1_loss(input, target, beta=beta)
     assert sum(len(cache[0]) for cache in caches.values()) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_host_reads_no_tensor(
+    masked: bool,
+    dtype: torch.dtype,
+    device: str,
+    triton_backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the kernel needs of a normalizer, a mask or an upstream gradient, it loads itself."""
+    input = gaussian(300, 4, seed=1, dtype=dtype, device=device, requires_grad=True)
+    target = gaussian(300, 4, seed=2, device=device)
+    rows = coin(300, 1, seed=3, device=device)
+    weights = rows if masked else rows.float()
+    normalizer, upstream = rows.sum(), torch.tensor(3.0, device=device)
+
+    def read(self: Tensor, *_: Any) -> Any:
+        raise AssertionError("the host reads a tensor")
+
+    for name in ("item", "tolist", "cpu", "__float__", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(Tensor, name, read)
+    loss = smooth_l1_loss(input, target, weights, reduction="sum", normalizer=normalizer)
+    for _ in range(2):
+        torch.autograd.grad(loss, input, upstream, retain_graph=True)
+    with pytest.raises(AssertionError, match="reads"):
+        float(normalizer)

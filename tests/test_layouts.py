@@ -256,3 +256,28 @@ def test_blocks_cover_everything(numel: int, device: str, triton_backend: str) -
     lengths = [stop - start for start, stop in tails.tolist()]
     assert sorted(lengths) == [0, 0, 1 if numel % block else 0]
     assert {start for start, _ in tails.tolist()} == {numel // block}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "kind"),
+    [
+        (torch.float32, 8, "vector"),
+        (torch.float32, 7, "strided"),
+        (torch.float32, 6, "strided"),
+        (torch.bfloat16, 16, "vector"),
+        (torch.bfloat16, 12, "vector"),  # half a wide access
+        (torch.bfloat16, 10, "strided"),
+    ],
+    ids=str,
+)
+def test_wide_accesses_only_of_aligned_rows(
+    dtype: torch.dtype, columns: int, kind: str, triton_backend: str
+) -> None:
+    """A GPU stops at a wide access that is not aligned; the interpreter does not mind."""
+    from fused_smoothl1 import launch
+
+    wide = torch.empty(9, columns, dtype=dtype)[:, :4]
+    dense = torch.empty(9, 4, dtype=dtype)
+    operands = tuple((tuple(t.shape), t.stride()) for t in (dense, wide))
+    plan = launch._plan((9, 4), dense.stride(), operands, dense.element_size())
+    assert [access.kind for access in plan.accesses] == ["flat", kind]
