@@ -168,7 +168,7 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
             + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
         )
     _check_tensor(name, weights, WEIGHT_DTYPES, input)
-    if not _broadcasts(weights.shape, input.shape):
+    if weights.shape != input.shape and not _broadcasts(weights.shape, input.shape):
         shape, full = tuple(weights.shape), tuple(input.shape)
         raise ValueError(
             f"{name} must broadcast to input's shape {full}, got shape {shape}"
