@@ -168,7 +168,7 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
             + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
         )
     _check_tensor(name, weights, WEIGHT_DTYPES, input)
-    if weights.shape != input.shape and not _broadcasts(weights.shape, input.shape):
+    if not _broadcasts(weights.shape, input.shape):
         shape, full = tuple(weights.shape), tuple(input.shape)
         raise ValueError(
             f"{name} must broadcast to input's shape {full}, got shape {shape}"
@@ -181,8 +181,8 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
     if len(shape) > len(to):
         return False
-    for size, full in zip(reversed(shape), reversed(to), strict=False):
-        if size != 1 and size != full:
+    for i in range(-len(shape), 0):  # noqa: SIM110 (any() would take longer than what it asks)
+        if shape[i] != 1 and shape[i] != to[i]:
             return False
     return True
 
