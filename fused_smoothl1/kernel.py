@@ -12,7 +12,8 @@ atomic at GPU scope, so whoever draws the last one sees all partials: each parti
 its program's release, and the last draw acquires all of them, because read-modify-writes of one
 location continue each other's release sequence. Two details make that true of the machine code
 too. The partial is a scalar, which one thread stores, and the barrier after it orders that store
-before the atomic, whichever thread executes it. The partials are read past the first-level cache,
+before the atomic, whichever thread executes it. (For a tensor, which all threads store, Triton 3.6
+and 3.7 put no barrier there by themselves, and 3.9 does.) The partials are read past the first-level cache,
 which is not coherent between multiprocessors. The last program adds the partials in the order of
 the programs, not of their arrival: the same bits at every run. It leaves the ticket at zero for
 the next launch on the stream.
@@ -35,6 +36,18 @@ def _clamp(x, bound):
 
 
 @triton.jit
+def _share(normalizer_ptr, inverse_divisor):
+    """Return what the sum is multiplied by, in float64.
+
+    It is computed where it is used: kept through the loops, it would be spilled.
+    """
+    if normalizer_ptr is None:
+        return tl.full((), inverse_divisor, tl.float64)
+    else:
+        return 1 / tl.load(normalizer_ptr, cache_modifier=".cg").to(tl.float64)
+
+
+@triton.jit
 def _blocks(numel, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """Return the first block of this program and the end of its blocks.
 
@@ -53,16 +66,23 @@ def _blocks(numel, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _offset(index, sizes, strides):
-    """Return where the elements of these row-major indices lie, in elements."""
+def _offset(index, sizes, strides, STEP: tl.constexpr):
+    """Return where these row-major indices lie, in elements.
+
+    The innermost dimension is counted in steps of so many elements.
+    """
     RANK: tl.constexpr = len(sizes)
     rest = index
     offset = index * 0
-    for reverse in tl.static_range(RANK - 1):
-        size = sizes[RANK - 1 - reverse]
-        offset += (rest % size) * strides[RANK - 1 - reverse]
-        rest = rest // size
-    return offset + rest * strides[0]
+    for axis in tl.static_range(RANK - 1, -1, -1):
+        position = rest
+        if axis > 0:
+            position = rest % sizes[axis]
+            rest = rest // sizes[axis]
+        if axis == RANK - 1:
+            position *= STEP
+        offset += position * strides[axis]
+    return offset
 
 
 @triton.jit
@@ -73,26 +93,28 @@ def _load(ptr, ACCESS: tl.constexpr, strides, sizes, group, lane, mask, ALIGNED:
     ACCESS:  "scalar" one element for all; "flat" dense in the order of iteration; "row" one element
              a group; "vector" groups contiguous and aligned; "strided" anything else
     strides: one a collapsed dimension, in elements; None for "scalar" and "flat"
-    sizes:   the collapsed dimensions; None where no operand needs them
+    sizes:   the collapsed dimensions, the innermost in groups where ALIGNED; None where no operand
+             needs them
     group:   [GROUPS, 1] index of each group's first element
     lane:    [1, LANES] position in the group
     mask:    [GROUPS, 1] or [GROUPS, LANES] which elements to load; the others are 0
     ALIGNED: no group crosses the end of the innermost dimension
     """
+    LANES: tl.constexpr = lane.shape[1]
     if ACCESS == "scalar":
         return tl.load(ptr)
     elif ACCESS == "flat":
         return tl.load(ptr + (group + lane), mask=mask, other=0)
     elif ACCESS == "row":
-        offset = _offset(group, sizes, strides)
+        offset = _offset(group // LANES, sizes, strides, LANES)
         any_lane = tl.max(mask.to(tl.int32), 1, keep_dims=True) != 0
         return tl.load(ptr + offset, mask=any_lane, other=0)
     else:
-        LANES: tl.constexpr = lane.shape[1]
         if ALIGNED:
-            offset = _offset(group, sizes, strides) + lane * strides[len(sizes) - 1]
+            offset = _offset(group // LANES, sizes, strides, LANES)
+            offset += lane * strides[len(sizes) - 1]
         else:
-            offset = _offset(group + lane, sizes, strides)
+            offset = _offset(group + lane, sizes, strides, 1)
         if ACCESS == "vector":
             offset = tl.max_contiguous(tl.multiple_of(offset, (1, LANES)), (1, LANES))
         return tl.load(ptr + offset, mask=mask, other=0)
@@ -162,7 +184,8 @@ def smooth_l1_kernel(
                             [numel] each, any float dtype; None: not wanted
     partials_ptr:           float64 [programs], workspace; None: one program only
     ticket_ptr:             int32, one element, 0 before and after; None: one program only
-    sizes:                  collapsed dimensions, outermost first; None: no operand needs them
+    sizes:                  collapsed dimensions, outermost first, the innermost in groups of lanes
+                            where ALIGNED; None: no operand needs them
     *_strides:              of the operand of that name, in elements, one a size; None: not needed
     numel:                  elements of the input
     beta, inverse_beta:     where the quadratic part ends, in [0, inf), and 1 / beta
@@ -174,7 +197,8 @@ def smooth_l1_kernel(
     UNLESS_ONE:             write nothing if the upstream gradient is 1
     COMPUTE:                float32 or float64, the dtype of all arithmetic
     INDEX:                  int32, or int64 where an offset needs it
-    ALIGNED:                no group of lanes crosses the end of the innermost dimension
+    ALIGNED:                no group of lanes crosses the end of the innermost dimension, and so
+                            none that of the whole
     LANES:                  elements in a group, a power of two
     BLOCK:                  elements in a tile, a power of two
     """
@@ -183,15 +207,12 @@ def smooth_l1_kernel(
     beta = tl.full((), beta, COMPUTE)
     inverse_beta = tl.full((), inverse_beta, COMPUTE)
     one = tl.full((), 1, COMPUTE)
-    share = tl.full((), inverse_divisor, tl.float64)
-    if normalizer_ptr is not None:
-        share = 1 / tl.load(normalizer_ptr).to(tl.float64)
     upstream = one
     if UPSTREAM == "scalar":
         upstream = tl.load(upstream_ptr).to(COMPUTE)
     if UNLESS_ONE:
         numel = tl.where(upstream == 1, 0, numel)
-    scale = upstream * share.to(COMPUTE)
+    scale = upstream * _share(normalizer_ptr, inverse_divisor).to(COMPUTE)
 
     lane = tl.arange(0, LANES)[None, :]
     first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
@@ -201,8 +222,12 @@ def smooth_l1_kernel(
         start, stop = _blocks(numel, BLOCK, TAIL)
         for block in range(start, stop, programs):
             group = tl.cast(block, INDEX) * BLOCK + first
-            everywhere = tl.full([BLOCK // LANES, 1], True, tl.int1)
-            within = group + lane < numel if TAIL else everywhere
+            if not TAIL:
+                within = tl.full([BLOCK // LANES, 1], True, tl.int1)
+            elif ALIGNED:
+                within = group < numel
+            else:
+                within = group + lane < numel
             selected = within
             inside = tl.full((), inside_number, COMPUTE)
             outside = tl.full((), outside_number, COMPUTE)
@@ -270,12 +295,13 @@ def smooth_l1_kernel(
     if REDUCE:
         partial = tl.sum(tl.sum(total, 1), 0).to(tl.float64)
         if ticket_ptr is None:
-            tl.store(loss_ptr, partial * share)
+            tl.store(loss_ptr, partial * _share(normalizer_ptr, inverse_divisor))
         else:
             tl.store(partials_ptr + program, partial)
             tl.debug_barrier()
             ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
             if ticket == programs - 1:
+                share = _share(normalizer_ptr, inverse_divisor)
                 position = tl.arange(0, PARTIALS)
                 sums = tl.zeros([PARTIALS], tl.float64)
                 for offset in range(0, programs, PARTIALS):

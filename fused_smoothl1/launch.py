@@ -206,7 +206,7 @@ def _plan(
 
     lanes = WIDEST_ACCESS // itemsize
     block = min(TILE_BYTES // itemsize, MOST_ELEMENTS)
-    aligned = True
+    aligned = False
     if walks:
         fitting = lanes
         while sizes[-1] % fitting:
@@ -230,6 +230,9 @@ def _plan(
     absent = Access(None, None)
     numel = contiguous_strides(sizes)[0] * sizes[0]
     longest = max(extent(sizes, strides) for strides in (dense, *collapsed))
+    if aligned:
+        # Rows of one group, as boxes are, make this 1: Triton then compiles no division by it.
+        sizes = (*sizes[:-1], sizes[-1] // lanes)
     return Plan(
         sizes=sizes if walks else None,
         accesses=tuple(absent if operand is None else next(found) for operand in operands),
