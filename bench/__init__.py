@@ -2,5 +2,13 @@
 
 import os
 
+COMMANDS = {
+    "codegen": "bench.codegen",
+    "torchvision": "bench.detector",
+    "train": "bench.train",
+    "tune": "bench.tune",
+}
+"""What may follow `python -m bench`, and the modules whose `main` takes the arguments after it."""
+
 # torch.profiler reads this when torch is loaded; without it, it reports each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.codegen import TARGETS
+from bench.crosscompile import TARGETS
 from tests.conftest import HAS_TRITON
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed 
 @pytest.fixture(scope="module")
 def table() -> list[Row]:
     """Compile everything, in processes of their own: this one may have Triton's interpreter."""
-    command = [sys.executable, "-m", "bench.codegen", "--json"]
+    command = [sys.executable, "-m", "bench", "codegen", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     # 1 is what it returns where it finds something, which the tests then name.

@@ -1,0 +1,147 @@
+"""Compile what the launcher would launch, for a GPU that is not there.
+
+A call is specialized and compiled as a launch would be, by the launcher's and Triton's own code: a
+driver that only knows its target stands in for the GPU's, and what would be launched is compiled
+instead.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from unittest import mock
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_75": ("cuda", 75, 32),
+    "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
+}
+"""Triton's backend, architecture, and threads in a warp."""
+
+
+class Launch(NamedTuple):
+    """One launch that was compiled instead."""
+
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+class UnknownTargetError(Exception):
+    """The installed Triton can compile nothing for a target."""
+
+
+def launches(call: Callable[[], object], target: str) -> list[Launch]:
+    """Make the call as if its tensors lay on a GPU of this target; return its launches.
+
+    The environment must ask for the Triton backend, and for no interpreter.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fused_smoothl1 import dispatch, launch
+
+    driver.set_active(_Driver(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
+    recorded: list[Launch] = []
+    kernels = {
+        name: _Recorder(value, recorded)
+        for name, value in vars(launch).items()
+        if isinstance(value, triton.JITFunction)
+    }
+    for function in vars(launch).values():
+        # What the launcher remembers of a device or a plan may be of another target.
+        getattr(function, "cache_clear", lambda: None)()
+    # The dispatcher would let tensors of the CPU through to an interpreted kernel only.
+    serves = mock.patch.object(dispatch, "_triton_on", return_value=(launch, ""))
+    with mock.patch.dict(vars(launch), kernels), serves:
+        try:
+            call()
+        except Exception:
+            _check_that_target_is_known()
+            raise
+    return recorded
+
+
+@contextmanager
+def translated_once() -> Iterator[None]:
+    """Let Triton translate a kernel's Python for the first target only.
+
+    It is the same for all targets of one backend, and takes a third of the time.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler import ASTSource
+
+    make_ir = ASTSource.make_ir
+
+    def make_ir_once(source: Any, *arguments: Any) -> Any:
+        path = Path(folder) / f"{source.hash()}.ttir"
+        if not path.exists():
+            module = make_ir(source, *arguments)
+            path.write_text(str(module))
+            return module
+        context = arguments[-1]
+        module = ir.parse_mlir_module(str(path), context)
+        module.context = context  # Which must live as long.
+        return module
+
+    with TemporaryDirectory() as folder, mock.patch.object(ASTSource, "make_ir", make_ir_once):
+        yield
+
+
+def _check_that_target_is_known() -> None:
+    import triton
+
+    @triton.jit
+    def nothing() -> None:
+        pass
+
+    try:
+        nothing.warmup(grid=(1,), enable_fp_fusion=False)
+    except Exception as error:
+        raise UnknownTargetError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+class _Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, target: Any, device: int) -> None:
+        self.target = target
+        self.device = device
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by device: another one for every target.
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+class _Recorder:
+    """Stands in for a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, recorded: list[Launch]) -> None:
+        self.kernel = kernel
+        self.recorded = recorded
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile(*arguments: Any, **options: Any) -> None:
+            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+            names = self.kernel.arg_names
+            self.recorded.append(Launch(dict(zip(names, arguments, strict=True)), compiled))
+
+        return compile
