@@ -10,13 +10,13 @@ How the last program finishes the reduction
 Every program stores its partial sum and then takes a ticket. The ticket is an acquire-release
 atomic at GPU scope, so whoever draws the last one sees all partials: each partial is stored before
 its program's release, and the last draw acquires all of them, because read-modify-writes of one
-location continue each other's release sequence. Two details make that true of the machine code
-too. The partial is a scalar, which one thread stores, and the barrier after it orders that store
-before the atomic, whichever thread executes it. (For a tensor, which all threads store, Triton 3.6
-and 3.7 put no barrier there by themselves, and 3.9 does.) The partials are read past the first-level cache,
+location continue each other's release sequence. Two details make that true of the machine code too.
+The partial is a scalar, which one thread stores, and the barrier after it orders that store before
+the atomic, whichever thread executes it. (For a tensor, which all threads store, Triton 3.6 and 3.7
+put no barrier there by themselves, and 3.9 does.) The partials are read past the first-level cache,
 which is not coherent between multiprocessors. The last program adds the partials in the order of
-the programs, not of their arrival: the same bits at every run. It leaves the ticket at zero for
-the next launch on the stream.
+the programs, not of their arrival: the same bits at every run. It leaves the ticket at zero for the
+next launch on the stream.
 """
 
 import triton
