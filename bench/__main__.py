@@ -9,7 +9,7 @@ from bench import COMMANDS
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command with the arguments after its name; return its exit status."""
-    # Only what is run is loaded: worker processes load this file too, and wait for it.
+    # Only what is run is loaded: each needs packages of its own, and some take seconds.
     if arguments and arguments[0] in COMMANDS:
         status: int = import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     else:

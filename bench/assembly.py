@@ -102,7 +102,7 @@ def hot_loop(code: Code) -> list[Instruction]:
     """Return the loop over whole tiles.
 
     Both compilers keep the order of the source, in which it is the first loop; the one over what is
-    left, element by element, follows. Without a loop this is empty.
+    left follows. Without a loop this is empty.
     """
     loops = sorted(
         (instruction.target, end)

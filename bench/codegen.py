@@ -1,7 +1,7 @@
-"""`python -m bench codegen`: the machine code of every kernel variant, without a GPU.
+"""`python -m bench codegen`: the machine code of every kind of launch, without a GPU.
 
-Every variant is asked for through the public function, compiled as a launch would be, and its
-machine code is read.
+Each kernel is asked for through the public function and compiled as for a launch, and its machine
+code is read.
 """
 
 import argparse

@@ -40,7 +40,8 @@ class UnknownTargetError(Exception):
 def launches(call: Callable[[], object], target: str) -> list[Launch]:
     """Make the call as if its tensors lay on a GPU of this target; return its launches.
 
-    The environment must ask for the Triton backend, and for no interpreter.
+    The environment must ask for the Triton backend, and for no interpreter. The process keeps the
+    stand-in driver: it is for workers.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -113,7 +113,11 @@ def test_not_a_tensor(value: Any, name: str, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
-@pytest.mark.parametrize("value", ["1.0", [1.0, 2.0], np.ones(SHAPE), 1j, object()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    ["1.0", [1.0, 2.0], np.ones(SHAPE), 1j, object()],
+    ids=lambda value: type(value).__name__,
+)
 def test_weights_that_are_neither_number_nor_tensor(
     value: Any, name: str, backend: str, device: str
 ) -> None:
