@@ -1,5 +1,6 @@
 """The backend on Triton: strides, grid, workspace, the launch."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
@@ -285,9 +286,28 @@ def _workspace(device: torch.device, programs: int, is_recorded: bool) -> tuple[
         return _new_workspace(device, programs)
     workspace = _workspaces.get((device, stream))
     if workspace is None:
-        most = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
-        workspace = _workspaces[device, stream] = _new_workspace(device, most)
+        workspace = _workspaces[device, stream] = _kept_workspace(device)
     return workspace
+
+
+def _kept_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a workspace for all launches on the current stream.
+
+    It is allocated by a thread of its own. This one may be allocating from the memory of a graph,
+    which torch.compile does not show: it does so around a user's operator that calls this library.
+    """
+    most = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
+    if device.type == "cpu":
+        return _new_workspace(device, most)
+    module = torch.get_device_module(device)
+    stream = module.current_stream(device)
+
+    def allocate() -> tuple[Tensor, Tensor]:
+        with module.stream(stream):
+            return _new_workspace(device, most)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:

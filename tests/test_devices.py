@@ -5,8 +5,10 @@ whether Triton is there) is replaced.
 """
 
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -220,3 +222,37 @@ def test_size_of_a_grid_on_every_vendor(
     module = SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(**properties))
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     assert launch._multiprocessors.__wrapped__(torch.device(device, 0)) == expected
+
+
+@needs_triton
+def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread allocates it, on the caller's stream.
+
+    The caller's may be allocating from the memory of a graph that torch.compile warms up.
+    """
+    launch = _launch()
+    calls: list[tuple[int, str, object]] = []
+    current: list[object] = []
+
+    @contextmanager
+    def stream(chosen: object) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def new_workspace(device: torch.device, programs: int) -> str:
+        calls.append((threading.get_ident(), str(device), current[-1]))
+        return f"room for {programs}"
+
+    mine = SimpleNamespace(stream_id=7)
+    module = SimpleNamespace(current_stream=lambda _: mine, stream=stream)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(launch, "_workspaces", {})
+    monkeypatch.setattr(launch, "_new_workspace", new_workspace)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda _: 10)
+    for _ in range(2):
+        found = launch._workspace(torch.device("cuda", 1), 3, False)
+        assert found == f"room for {10 * launch.PROGRAMS_PER_MULTIPROCESSOR}"
+    ((thread, device, chosen),) = calls
+    assert thread != threading.get_ident()
+    assert (device, chosen) == ("cuda:1", mine)

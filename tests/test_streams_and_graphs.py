@@ -298,3 +298,39 @@ def test_compiled_with_graphs(triton_backend: str) -> None:
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, operands[0])[0])
     torch._dynamo.reset()
+
+
+@torch.library.custom_op("fused_smoothl1_tests::loss_and_gradient", mutates_args=())
+def _loss_and_gradient(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A user's operator, opaque to the compiler, that calls the library."""
+    with torch.enable_grad():
+        source = input.detach().requires_grad_()
+        loss = smooth_l1_loss(source, target, sigma=2.0, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, source)
+    return loss.detach(), gradient
+
+
+@_loss_and_gradient.register_fake
+def _(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return input.new_empty((), dtype=torch.float32), torch.empty_like(input)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["first_call", "workspace_kept"])
+def test_users_operator_compiled_with_graphs(kept: bool, triton_backend: str) -> None:
+    """The library is not seen there, and what it keeps must not lie in the graphs' memory."""
+    from fused_smoothl1 import launch
+
+    def step(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = _loss_and_gradient(input, target)
+        return loss * 2, gradient + 1
+
+    torch._dynamo.reset()
+    launch._workspaces.clear()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for seed in (0, 10, 20, 30):
+        input, target, *_ = _operands(seed)
+        expected = step(input.detach(), target) if kept else None
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [tensor.clone() for tensor in compiled(input.detach(), target)]
+        torch.testing.assert_close(found, list(expected or step(input.detach(), target)))
+    torch._dynamo.reset()
