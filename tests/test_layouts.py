@@ -213,20 +213,24 @@ def test_offsets_beyond_32_bits(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30,
     reason="waits for a GPU with 40 GiB: 2**31 elements and their gradient",
 )
-def test_more_than_2_31_elements(triton_backend: str, unpoisoned: None) -> None:
+@pytest.mark.parametrize("kind", ["none", "sum", "masked"])
+def test_more_than_2_31_elements(kind: str, triton_backend: str, unpoisoned: None) -> None:
+    """The loss, its gradient, and what makes it another one for another upstream gradient."""
     n = 2**31 + 4099
-    input = torch.zeros(n, dtype=torch.float32, device="cuda")
-    input[-1] = 3.0
-    input[2**31 - 1] = 0.5
+    values = {n - 1: 3.0, 2**31 - 1: 0.5}
+    input = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    for index, value in values.items():
+        input[index] = value
+    mask = input != 0 if kind == "masked" else None
+    target = torch.zeros((), dtype=torch.bfloat16, device="cuda").expand(n)
+    reduction = "none" if kind == "none" else "sum"
     input.requires_grad_()
-    target = torch.zeros((), device="cuda").expand(n)
-    loss = smooth_l1_loss(input, target, reduction="sum")
-    assert loss.item() == 2.5 + 0.125
-    loss.backward()
+    loss = smooth_l1_loss(input, target, mask, reduction=reduction)
+    assert loss.detach().sum(dtype=torch.float32).item() == 2.5 + 0.125
+    loss.backward(torch.full((), 2.0, dtype=loss.dtype, device="cuda").expand_as(loss))
     assert input.grad is not None
-    assert input.grad[-1].item() == 1.0
-    assert input.grad[2**31 - 1].item() == 0.5
-    assert input.grad.count_nonzero().item() == 2
+    assert [input.grad[index].item() for index in values] == [2.0, 1.0]
+    assert input.grad.count_nonzero().item() == len(values)
 
 
 @pytest.mark.parametrize("name", ["input", "target", "weights", "normalizer"])
