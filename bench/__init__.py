@@ -4,6 +4,7 @@ import os
 
 COMMANDS = {
     "codegen": "bench.codegen",
+    "plot": "bench.plot",
     "torchvision": "bench.detector",
     "train": "bench.train",
     "tune": "bench.tune",

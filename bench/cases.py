@@ -6,33 +6,43 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.rpn import rpn_targets
-
 HEAD = 10_752  # elements of a Fast R-CNN head's output: 128 regions x 21 classes x 4
 RPN = 86_184  # elements of an RPN's output at 600 x 1000 pixels
 COORDINATES = 4
 SELECTED_SHARE = 0.01  # of the rows of `row_mask`
+BATCH, HIDDEN = 8, 4096  # of `drafter`: sequences, and the size of a token's hidden state
+SELECTED_TOKENS = 0.5
 FLOAT16_LOSS_SCALE = 65536.0  # GradScaler's first scale: without one, float16 gradients underflow
 SEED = 20_150_604
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to build: a case, its number of elements, and the type of its float operands."""
+    """What to build: a case, its number of elements, and the type of its float operands.
+
+    With `graph`, the steps on it are replayed from CUDA graphs.
+    """
 
     case: str
     numel: int
     dtype: torch.dtype = torch.float32
+    graph: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the rows are found under."""
+        return f"{self.case}_graph" if self.graph else self.case
 
     def __str__(self) -> str:
-        return f"{self.case} {self.numel:,} {dtype_name(self.dtype)}"
+        return f"{self.name} {self.numel:,} {dtype_name(self.dtype)}"
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
     """One call of the loss: operands on the device and options.
 
-    `selected_rows` is how many rows a mask selects, where there is one.
+    `upstream` arrives at a loss of every element; a reduced one gets `loss_scale`. `excluded` is
+    how many elements a mask leaves out, where there is one.
     """
 
     spec: Spec
@@ -41,9 +51,11 @@ class Workload:
     inside_weights: Tensor | None = None
     outside_weights: Tensor | None = None
     normalizer: Tensor | None = None
+    upstream: Tensor | None = None
     reduction: str = "mean"
     sigma: float = 1.0
-    selected_rows: int | None = None
+    excluded: int = 0
+    backward: bool = True
 
     @property
     def loss_scale(self) -> float:
@@ -54,21 +66,24 @@ class Workload:
     def operand_bytes(self) -> int:
         """Bytes of memory under the operands, each at its own size."""
         weights = (self.inside_weights, self.outside_weights, self.normalizer)
-        return _bytes(self.input, self.target, *weights)
+        return _bytes(self.input, self.target, *weights, self.upstream)
 
     @property
     def floor_bytes(self) -> int:
         """Bytes that no program can avoid to move: each operand in once, the gradient out once.
 
-        Under a mask, input and target of the selected rows alone: the others take no part, so
-        nobody has to load them. Memory moves in sectors (32 bytes on a GPU) and cache lines, which
-        this leaves out: it is a floor.
+        Under a mask, input and target of what it selects alone: the rest takes no part, so nobody
+        has to load it. A loss of every element goes out before its gradient comes in, so then input
+        and target are needed twice. Memory moves in sectors (32 bytes on a GPU) and cache lines,
+        which this leaves out: it is a floor.
         """
-        floor = self.operand_bytes + _bytes(self.input)
-        if self.selected_rows is None:
-            return floor
-        skipped_rows = self.input.shape[0] - self.selected_rows
-        return floor - skipped_rows * _bytes(self.input[0], self.target[0])
+        pair = self.input.element_size() + self.target.element_size()
+        floor = self.operand_bytes - self.excluded * pair
+        if self.backward:
+            floor += _bytes(self.input)
+        if self.upstream is not None:
+            floor += _bytes(self.upstream) + self.input.numel() * pair
+        return floor
 
     def copy(self) -> "Workload":
         """Return the same workload on other memory."""
@@ -78,10 +93,11 @@ class Workload:
 
         return replace(
             self,
-            input=self.input.detach().clone().requires_grad_(),
+            input=self.input.detach().clone().requires_grad_(self.backward),
             target=self.target.clone(),
             inside_weights=clone(self.inside_weights),
             outside_weights=clone(self.outside_weights),
+            upstream=clone(self.upstream),
         )
 
 
@@ -94,24 +110,46 @@ def specs(device: torch.device, quick: bool) -> list[Spec]:
     """Return the workloads of a run, the most telling first (a run may be interrupted)."""
     if quick:
         return [Spec("rpn", RPN), Spec("dense", 2**20), Spec("row_mask", 2**20)]
-    large = [2**22, 2**24]
-    if device.type == "cuda":
-        large.append(2**26)
+    return _gpu_specs() if device.type == "cuda" else _cpu_specs()
+
+
+def _gpu_specs() -> list[Spec]:
+    half, brain = torch.float16, torch.bfloat16
+    largest = 2**26
+    first = [
+        Spec("dense", largest),
+        Spec("dense", largest, brain),
+        Spec("kernelbench", 2**30),
+        Spec("drafter", largest, brain),
+        Spec("row_mask", largest),
+        Spec("rpn", RPN),
+        Spec("dense", HEAD),
+        Spec("rpn", RPN, graph=True),
+        Spec("dense", HEAD, graph=True),
+    ]
+    plain = ("no_weights", "none", "broadcast")
+    rest = [Spec(case, largest) for case in plain]
+    rest += [Spec("dense", largest, half), Spec("row_mask", largest, brain)]
+    rest += [Spec("dense", n) for n in (RPN, 2**20, 2**22, 2**24)]
+    rest += [Spec(case, n) for n in (HEAD, RPN, 2**22, 2**24) for case in ("row_mask", *plain)]
+    rest += [Spec("dense", n, dtype) for dtype in (brain, half) for n in (RPN, 2**24)]
+    return first + rest
+
+
+def _cpu_specs() -> list[Spec]:
+    # In float32 alone: nobody trains a detector on a CPU in 16 bits.
+    large = (2**22, 2**24)
     listed = [Spec("rpn", RPN)]
     listed += [Spec("dense", n) for n in (HEAD, RPN, 2**20, *large)]
-    if device.type == "cuda":
-        # The CPU is measured in float32 alone: nobody trains a detector there in 16 bits.
-        halves = (torch.bfloat16, torch.float16)
-        listed += [Spec("dense", n, dtype) for dtype in halves for n in (RPN, 2**24, 2**26)]
     for case in ("row_mask", "broadcast", "no_weights"):
         listed += [Spec(case, n) for n in (HEAD, RPN, *large)]
-    return listed
+    return [*listed, Spec("none", 2**22), Spec("kernelbench", 2**24), Spec("drafter", 2**22)]
 
 
 def build(spec: Spec, device: torch.device) -> Workload:
     """Make the operands of a workload on the device, the same ones at every run."""
     workload = _BUILDERS[spec.case](spec, device)
-    workload.input.requires_grad_()
+    workload.input.requires_grad_(workload.backward)
     return workload
 
 
@@ -135,9 +173,8 @@ class _Random:
         values = torch.rand(shape, generator=self._generator, device=self._device)
         return (values + 0.5).to(self._dtype)
 
-    def mask(self, *shape: int) -> Tensor:
-        values = torch.rand(shape, generator=self._generator, device=self._device)
-        return values < SELECTED_SHARE
+    def mask(self, *shape: int, share: float) -> Tensor:
+        return torch.rand(shape, generator=self._generator, device=self._device) < share
 
 
 def _dense(spec: Spec, device: torch.device) -> Workload:
@@ -153,6 +190,20 @@ def _no_weights(spec: Spec, device: torch.device) -> Workload:
     return Workload(spec, random.normal(*shape), random.normal(*shape))
 
 
+def _kernelbench(spec: Spec, device: torch.device) -> Workload:
+    """Level 1, problem 96 of KernelBench: a square matrix without weights, and no gradient."""
+    random, side = _Random(spec, device), round(spec.numel**0.5)
+    operands = (random.normal(side, side), random.normal(side, side))
+    return Workload(spec, *operands, backward=False)
+
+
+def _none(spec: Spec, device: torch.device) -> Workload:
+    """(N, 4) boxes, the loss of every element, and a gradient of full size that arrives at it."""
+    random, shape = _Random(spec, device), (spec.numel // COORDINATES, COORDINATES)
+    operands = (random.normal(*shape), random.normal(*shape))
+    return Workload(spec, *operands, upstream=random.uniform(*shape), reduction="none")
+
+
 def _broadcast(spec: Spec, device: torch.device) -> Workload:
     """(N, 4) boxes, a weight per coordinate (1, 4) inside and a weight per box (N, 1) outside."""
     random, boxes = _Random(spec, device), spec.numel // COORDINATES
@@ -165,7 +216,7 @@ def _row_mask(spec: Spec, device: torch.device) -> Workload:
     """(N, 4) boxes of which a bool (N, 1) selects about 1%, over their number (on the device)."""
     random, boxes = _Random(spec, device), spec.numel // COORDINATES
     operands = (random.normal(boxes, COORDINATES), random.normal(boxes, COORDINATES))
-    mask = random.mask(boxes, 1)
+    mask = random.mask(boxes, 1, share=SELECTED_SHARE)
     selected = int(mask.sum())
     return Workload(
         spec,
@@ -173,8 +224,32 @@ def _row_mask(spec: Spec, device: torch.device) -> Workload:
         inside_weights=mask,
         normalizer=torch.tensor(float(max(selected, 1)), device=device),
         reduction="sum",
-        selected_rows=selected,
+        excluded=(boxes - selected) * COORDINATES,
     )
+
+
+def _drafter(spec: Spec, device: torch.device) -> Workload:
+    """(B, T, 4096) hidden states of which a bool (B, T, 1) selects half of the tokens.
+
+    Drafters of speculative decoding regress them: the mean over a state, then the mean over the
+    selected tokens. The normalizer is what the library is given for both.
+    """
+    random, tokens = _Random(spec, device), spec.numel // HIDDEN // BATCH
+    operands = (random.normal(BATCH, tokens, HIDDEN), random.normal(BATCH, tokens, HIDDEN))
+    mask = random.mask(BATCH, tokens, 1, share=SELECTED_TOKENS)
+    return Workload(
+        spec,
+        *operands,
+        outside_weights=mask,
+        normalizer=drafter_normalizer(mask),
+        reduction="sum",
+        excluded=(mask.numel() - int(mask.sum())) * HIDDEN,
+    )
+
+
+def drafter_normalizer(mask: Tensor) -> Tensor:
+    """Return the elements of the selected tokens, kept from 0 as such training code does it."""
+    return HIDDEN * (mask.sum() + 1e-5)
 
 
 def _rpn(spec: Spec, device: torch.device) -> Workload:
@@ -182,10 +257,12 @@ def _rpn(spec: Spec, device: torch.device) -> Workload:
 
     The weights are floats of full size, as py-faster-rcnn passes them.
     """
+    # Imported here because it needs scikit-learn, and this workload alone does.
+    from bench.rpn import rpn_targets
+
     made = rpn_targets()
-    prediction = 0.3 * torch.randn(
-        made.targets.shape, generator=torch.Generator().manual_seed(SEED)
-    )
+    generator = torch.Generator().manual_seed(SEED)
+    prediction = 0.3 * torch.randn(made.targets.shape, generator=generator)
     return Workload(
         spec,
         prediction.to(device),
@@ -210,7 +287,10 @@ def rotation(workload: Workload, cache_bytes: int, most: int) -> Iterator[Worklo
 
 _BUILDERS: dict[str, Callable[[Spec, torch.device], Workload]] = {
     "dense": _dense,
+    "kernelbench": _kernelbench,
+    "none": _none,
     "row_mask": _row_mask,
+    "drafter": _drafter,
     "broadcast": _broadcast,
     "no_weights": _no_weights,
     "rpn": _rpn,

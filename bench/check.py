@@ -1,59 +1,80 @@
-"""Is a provider right? Its loss and gradient against the tests' float64 oracle."""
+"""Is a provider right? Its loss and gradient against the composition in float64, on the device.
 
-import os
+The composition is PyTorch's own loss with the weights around it, so it shares no code with the
+library; `tests/test_bench.py` holds it against the tests' oracle.
+"""
+
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.cases import Workload
-from tests.oracle import Reference, smooth_l1
+from bench.providers import Operands, Options, composition
 
-BLOCK_ELEMENTS = 2**18  # a block's float64 temporaries stay in a core's cache
+BLOCK_ELEMENTS = 2**22  # at a time: float64 temporaries of a large workload would fill a GPU
+ROUNDINGS = 10  # of float32, on the way to one element of the gradient or the loss
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The oracle's answer: the loss, and the input's gradient in float64 on the device."""
+    """The right answer in float64: the loss, and the input's gradient where there is one."""
 
-    loss: float
-    gradient: Tensor
+    loss: Tensor
+    gradient: Tensor | None
 
 
 def expected(workload: Workload) -> Expected:
-    """Ask the oracle block by block of rows, in threads: NumPy lets go of the interpreter."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = list(pool.map(lambda rows: _reference(workload, rows), _row_blocks(workload)))
-    gradient = torch.cat([torch.from_numpy(block.input) for block in blocks])
-    loss = sum(float(block.loss) for block in blocks)
-    return Expected(loss, gradient.to(workload.input.device))
+    """Compute the answer, block by block of rows."""
+    blocks = [_reference(workload, rows) for rows in _row_blocks(workload)]
+    losses, gradients = zip(*blocks, strict=True)
+    return Expected(
+        torch.cat(losses) if workload.reduction == "none" else torch.stack(losses).sum(),
+        torch.cat(gradients) if workload.backward else None,
+    )
 
 
-def problem(workload: Workload, truth: Expected, loss: Tensor, gradient: Tensor) -> str | None:
+def problem(
+    workload: Workload, truth: Expected, loss: Tensor, gradient: Tensor | None
+) -> str | None:
     """Say what is wrong with an answer, or return None.
 
-    Loss: every term is at least 0, so the sum loses at most a rounding a term; the roundings
-    cancel like a random walk, sqrt(numel) of them, and a few constant ones are allowed on top.
+    A reduced loss: every term is at least 0, so the sum loses at most a rounding a term; the
+    roundings cancel like a random walk, sqrt(numel) of them, and a few constant ones are allowed on
+    top. So do those of the terms, which a rival may hold in the operands' type.
 
-    Gradient: about ten float32 roundings, then one to the gradient's own type; below that type's
-    normal range, one step of the subnormal grid.
+    Every element of a loss or a gradient: some float32 roundings, then one to its own type; below
+    that type's normal range, one step of the subnormal grid.
     """
-    if loss.shape != () or gradient.shape != workload.input.shape:
-        return f"wrong shapes: loss {tuple(loss.shape)}, gradient {tuple(gradient.shape)}"
+    if loss.shape != truth.loss.shape:
+        return f"wrong shape of the loss: {tuple(loss.shape)}"
+    if truth.loss.shape:
+        wrong = _wrong_elements(loss, truth.loss)
+        if wrong:
+            return f"wrong loss: {wrong:,} of {loss.numel():,} elements"
+    else:
+        walk = workload.input.numel() ** 0.5
+        own, single = torch.finfo(workload.input.dtype).eps, torch.finfo(torch.float32).eps
+        allowed = (single * (16 + walk / 4) + 4 * own / walk) * abs(float(truth.loss))
+        error = abs(float(loss) - float(truth.loss))
+        if not error <= allowed:  # written so that NaN fails
+            return f"wrong loss: {float(loss):.9g}, should be {float(truth.loss):.9g}"
+    if truth.gradient is None:
+        return None
+    if gradient is None or gradient.shape != workload.input.shape:
+        return f"wrong shape of the gradient: {gradient if gradient is None else gradient.shape}"
     if gradient.dtype != workload.input.dtype:
         return f"the gradient is {gradient.dtype}, the input {workload.input.dtype}"
-    single = torch.finfo(torch.float32).eps
-    allowed = single * (16 + workload.input.numel() ** 0.5 / 4) * abs(truth.loss)
-    error = abs(float(loss) - truth.loss)
-    if not error <= allowed:  # written so that NaN fails
-        return f"wrong loss: {float(loss):.9g}, should be {truth.loss:.9g}"
-    own = torch.finfo(gradient.dtype)
-    relative, absolute = own.eps + 10 * single, own.smallest_normal * own.eps
-    bound = truth.gradient.abs().mul_(relative).add_(absolute)
-    wrong = int((~((gradient.double() - truth.gradient).abs_() <= bound)).sum())
+    wrong = _wrong_elements(gradient, truth.gradient)
     return f"wrong gradient: {wrong:,} of {gradient.numel():,} elements" if wrong else None
+
+
+def _wrong_elements(values: Tensor, truth: Tensor) -> int:
+    own = torch.finfo(values.dtype)
+    relative = own.eps + ROUNDINGS * torch.finfo(torch.float32).eps
+    bound = truth.abs().mul_(relative).add_(own.smallest_normal * own.eps)
+    return int((~((values.double() - truth).abs_() <= bound)).sum())  # so that NaN is wrong
 
 
 def _row_blocks(workload: Workload) -> Iterator[slice]:
@@ -63,27 +84,33 @@ def _row_blocks(workload: Workload) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _reference(workload: Workload, rows: slice) -> Reference:
+def _reference(workload: Workload, rows: slice) -> tuple[Tensor, Tensor | None]:
     def block(tensor: Tensor | None) -> Tensor | None:
-        varies = tensor is not None and tensor.shape[0] == workload.input.shape[0]
-        return tensor[rows] if tensor is not None and varies else tensor
+        if tensor is None:
+            return None
+        return (tensor[rows] if tensor.shape[0] == workload.input.shape[0] else tensor).double()
 
-    return smooth_l1(
-        workload.input.detach()[rows],
-        workload.target[rows],
+    operands = Operands(
+        workload.target[rows].double(),
         block(workload.inside_weights),
         block(workload.outside_weights),
-        beta=workload.sigma**-2,
-        # A block does not know the whole, so it sums, and divides by what the whole divides by.
-        reduction="sum",
-        normalizer=_divisor(workload),
-        upstream=workload.loss_scale,
+        None,
     )
+    input = workload.input.detach()[rows].double().requires_grad_(workload.backward)
+    # A block does not know the whole, so it sums, and is divided by what the whole is divided by.
+    reduction = "none" if workload.reduction == "none" else "sum"
+    loss = composition(input, operands, Options(workload.sigma, reduction)) / _divisor(workload)
+    if not workload.backward:
+        return loss, None
+    upstream = block(workload.upstream)
+    if upstream is None:
+        upstream = torch.full_like(loss, workload.loss_scale)
+    (gradient,) = torch.autograd.grad(loss, input, upstream)
+    return loss.detach(), gradient
 
 
 def _divisor(workload: Workload) -> float:
-    if workload.reduction == "mean":
-        return workload.input.numel()
-    if workload.reduction == "batchmean":
-        return workload.input.shape[0]
-    return 1.0 if workload.normalizer is None else float(workload.normalizer)
+    divisors = {"mean": workload.input.numel(), "batchmean": workload.input.shape[0]}
+    if workload.normalizer is not None:
+        return float(workload.normalizer)
+    return divisors.get(workload.reduction, 1)

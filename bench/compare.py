@@ -2,8 +2,9 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -14,32 +15,47 @@ from rich.progress import Progress as Bar
 from bench import COMMANDS
 from bench.cases import specs
 from bench.host import host_timings
-from bench.measure import copy_gbps
-from bench.plot import write_plot, write_summary
+from bench.measure import copy_gbps, device_named
 from bench.report import Report, describe, file_stem
-from bench.suite import QUICK_SECONDS, SECONDS, Conditions, Progress, run
-from bench.table import console, print_report
+from bench.suite import (
+    QUICK_SECONDS,
+    SECONDS,
+    Clock,
+    Conditions,
+    Progress,
+    count_launches,
+    run,
+)
+from bench.table import console, print_progress, print_report
 
 RESULTS = Path(__file__).parent / "results"
+HOST_SECONDS = 5.0  # what the host times may take, compilation of their kernels included
+LAST_SECONDS = 30.0  # kept for them, and for counting launches
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return 0, 1 if something failed, or 130 if it was interrupted."""
     options = _parser().parse_args(arguments)
+    clock = Clock(options.limit, reserved=LAST_SECONDS)
     if options.quick:
         _skip_compiler_probes()
-    device = _device(options.device)
+    device = device_named(options.device)
     out = console()
     report = describe(device, copy_gbps(device))
-    interrupted = _fill(report, device, options.quick, out)
-    if not interrupted:
-        report.host |= host_timings(device)
+    path = options.out / f"{file_stem(report, device, options.quick)}.json"
+    interrupted = _fill(report, device, options.quick, clock, path, out)
 
     print_report(out, report)
-    _write(report, options.out / file_stem(report, device, options.quick), out)
+    report.write_json(path)
+    if options.limit == inf:
+        # Imported here because it needs seconds, as drawing does: no time for them under a limit.
+        from bench.plot import write_plots
+
+        write_plots(report, path)
+    out.print(f"Wrote {path}; `python -m bench plot` draws it.", highlight=False)
     if interrupted:
-        out.print("Interrupted: the tables and files hold what was measured until then.")
+        out.print("Interrupted: the tables and the file hold what was measured until then.")
         return INTERRUPTED
     return int(any(row.problem is not None for row in report.rows))
 
@@ -54,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="where the JSON and the plot go"
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=inf,
+        metavar="SECONDS",
+        help="after which nothing new is begun, nor drawn: what is left out, the file says",
+    )
     parser.add_argument("--device", help='as torch names it: "cpu", "cuda", "cuda:1" (the best)')
     return parser
 
@@ -67,23 +90,13 @@ def _skip_compiler_probes() -> None:
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        sys.exit(f"bench: device {name!r} is not measured; use cpu or cuda")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("bench: --device cuda was asked for, and PyTorch sees no CUDA device here")
-        torch.cuda.set_device(device)
-    return device
-
-
-def _fill(report: Report, device: torch.device, quick: bool, out: Console) -> bool:
-    """Measure into the report under a progress bar; return whether Ctrl-C ended it."""
+def _fill(
+    report: Report, device: torch.device, quick: bool, clock: Clock, path: Path, out: Console
+) -> bool:
+    """Measure into the report and its file under a progress bar; return whether Ctrl-C ended it."""
     chosen = specs(device, quick)
-    conditions = Conditions(device, report.copy_gbps, QUICK_SECONDS if quick else SECONDS)
+    seconds = QUICK_SECONDS if quick else SECONDS
+    conditions = Conditions(device, report.copy_gbps, seconds, clock)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -98,18 +111,16 @@ def _fill(report: Report, device: torch.device, quick: bool, out: Console) -> bo
             advance=lambda share: bar.advance(task, share),
         )
         try:
-            for row in run(chosen, conditions, progress):
-                report.rows.append(row)
+            for rows in run(chosen, conditions, progress):
+                report.rows += rows
+                report.write_json(path)
+                print_progress(out, rows)
+            clock.reserved = 0.0
+            if not clock.why_not(HOST_SECONDS):
+                report.host |= host_timings(device)
+                report.write_json(path)
+            for row, launches in count_launches(report.rows, chosen, conditions):
+                report.rows[report.rows.index(row)] = replace(row, launches=launches)
         except KeyboardInterrupt:
             return True
     return False
-
-
-def _write(report: Report, stem: Path, out: Console) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    as_json, picture = stem.with_suffix(".json"), stem.with_suffix(".png")
-    summary = stem.with_name(f"{stem.name}-summary.png")
-    report.write_json(as_json)
-    write_plot(report, picture)
-    write_summary(report, summary)
-    out.print(f"Wrote {as_json}, {picture.name} and {summary.name}.", highlight=False)

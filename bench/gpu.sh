@@ -1,34 +1,58 @@
 #!/usr/bin/env bash
-# All checks and measurements that need a GPU, in one call of under nine minutes:
+# What only a GPU can show, in three stages that each fit into one short call:
 #
-#     bash bench/gpu.sh [DIR]
+#     bash bench/gpu.sh measure [DIR]    240 s: a smoke test, then the benchmark
+#     bash bench/gpu.sh check [DIR]      240 s: the whole test suite, then compute-sanitizer
+#     bash bench/gpu.sh sweep [DIR]      180 s: `python -m bench tune`, the launch's constants first
 #
-# DIR (bench/results without one) gets a log per step, summary.txt, and the benchmark's JSON and
-# PNG. A step that fails does not stop the next. The exit status is 0 only if none failed.
+# DIR (bench/results without one) gets a log of each step, STAGE.txt with the environment and the
+# outcome, and the figures: each is written as soon as it is there, the most telling first, so what
+# stops a stage costs only the rest. A step that fails does not stop the next; the exit status is 0
+# only if none failed. README.md beside this file says what takes how long.
+#
+# DEVICE=cpu rehearses a stage on a machine without a GPU.
 set -u
 
-readonly TOTAL_SECONDS=515 # with the last step's grace below: under nine minutes
-readonly GRACE_SECONDS=15  # between the polite signal and the hard one
-readonly LEAST_SECONDS=60  # for the benchmark, which gets what the other steps leave
+readonly GRACE_SECONDS=10  # between the polite signal and the hard one
+readonly SMOKE_SECONDS=60  # at most
+readonly SUITE_SECONDS=190 # at most: the sanitizers have what is left of the stage
+readonly LEAST_SECONDS=15  # for a sanitizer to be worth its start
+readonly END_SECONDS=10    # for the workload in hand when a benchmark's time ends, and the tables
+
+stage=${1:-}
+case $stage in
+  measure | check) total=240 ;;
+  sweep) total=180 ;;
+  *)
+    echo "usage: bash bench/gpu.sh measure|check|sweep [DIR]" >&2
+    exit 2
+    ;;
+esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
-results=${1:-$root/bench/results}
+results=${2:-$root/bench/results}
 mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 2
 cd "$root" || exit 2
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-$(command -v python3 || command -v python)}
-summary=$results/summary.txt
+device=${DEVICE:-cuda}
+summary=$results/$stage.txt
 table=()
 failed=0
 
+# left: the seconds in which a step that begins now must end, its grace included
+left() {
+  local seconds=$((total - SECONDS - GRACE_SECONDS))
+  echo $((seconds > 1 ? seconds : 1))
+}
+
 # record NAME RESULT SECONDS: one line of the table that is printed last
 record() {
-  table+=("$(printf '%-14s %-20s %4s s' "$1" "$2" "$3")")
+  table+=("$(printf '%-12s %-20s %4s s' "$1" "$2" "$3")")
 }
 
 # step NAME LIMIT_SECONDS LINES COMMAND...: run under a limit, log it, show the log's last LINES.
-# The signal is SIGINT: on it, the benchmark writes what it has and exits with 130. That is part of
-# the answer, and no failure.
+# The signal is SIGINT, on which Python's programs tell what they have.
 step() {
   local name=$1 limit=$2 lines=$3 began=$SECONDS status result=PASS
   shift 3
@@ -37,18 +61,28 @@ step() {
     >"$results/$name.log" 2>&1
   status=$?
   tail -n "$lines" "$results/$name.log"
-  if ((status == 130)) && [[ $name == bench ]]; then
-    status=0 result="PART (out of time)"
-  elif ((SECONDS - began >= limit)); then
-    result="FAIL (timed out)"
+  if ((SECONDS - began >= limit)); then
+    result="FAIL (out of time)"
   elif ((status != 0)); then
     result="FAIL (status $status)"
   fi
-  ((status == 0)) || failed=1
+  [[ $result == PASS ]] || failed=1
   record "$name" "$result" "$((SECONDS - began))"
 }
 
-# sanitizer TOOL LIMIT_SECONDS: one tool of compute-sanitizer over the small run
+# suite NAME LIMIT_SECONDS ARGUMENTS...: pytest, on all cores where pytest-xdist is installed.
+# Compiling the kernel for each type and layout is most of the time: it is handed out test by test,
+# in the order given.
+suite() {
+  local name=$1 limit=$2 workers=()
+  shift 2
+  if "$python" -c "import xdist" 2>/dev/null; then
+    workers=(-n "$(nproc)" --dist load --maxschedchunk 4)
+  fi
+  step "$name" "$limit" 30 "$python" -m pytest -v "${workers[@]}" "$@"
+}
+
+# sanitizer TOOL: one tool of compute-sanitizer over the small run
 sanitizer() {
   local checker
   checker=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-}/bin/compute-sanitizer")
@@ -57,21 +91,52 @@ sanitizer() {
     record "$1" "SKIP (no tool)" 0
     return
   fi
+  if (($(left) < LEAST_SECONDS)); then
+    printf '\n== %s: no time is left, so this was NOT checked\n' "$1"
+    record "$1" "SKIP (no time)" 0
+    return
+  fi
   # Without the caching allocator each tensor is an allocation of its own, with guarded ends.
-  step "$1" "$2" 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$checker" --tool "$1" \
+  step "$1" "$(left)" 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$checker" --tool "$1" \
     --target-processes application-only --error-exitcode 9 "$python" -m bench.sanitize
+}
+
+measure() {
+  suite smoke "$SMOKE_SECONDS" -m smoke
+  step bench "$(left)" 300 \
+    "$python" -m bench --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
+}
+
+check() {
+  # What has never run without a GPU comes first. Types and machine code need none.
+  local files=(tests/test_first_launch.py tests/test_streams_and_graphs.py tests/test_determinism.py)
+  local file tool
+  for file in tests/test_*.py; do
+    case " ${files[*]} tests/test_typing.py tests/test_codegen.py " in
+      *" $file "*) ;;
+      *) files+=("$file") ;;
+    esac
+  done
+  suite pytest "$SUITE_SECONDS" --durations 15 "${files[@]}"
+  for tool in memcheck racecheck initcheck; do sanitizer "$tool"; done
+}
+
+sweep() {
+  step tune "$(left)" 300 \
+    "$python" -m bench tune --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
 }
 
 {
   printf '== environment\n'
   if command -v nvidia-smi >/dev/null; then nvidia-smi; else echo "no nvidia-smi"; fi
-  "$python" - <<'PYTHON'
+  "$python" - "$device" <<'PYTHON'
 import importlib.metadata as metadata
 import platform
 import sys
 
 print("python", platform.python_version())
-for package in ("torch", "triton", "numpy", "pytest", "hypothesis", "rich", "matplotlib"):
+packages = "torch triton numpy pytest pytest-xdist hypothesis rich matplotlib scikit-learn flag-gems"
+for package in packages.split():
     try:
         print(package, metadata.version(package))
     except metadata.PackageNotFoundError:
@@ -79,32 +144,18 @@ for package in ("torch", "triton", "numpy", "pytest", "hypothesis", "rich", "mat
 
 import torch
 
-if not torch.cuda.is_available():
-    sys.exit("bench/gpu.sh: PyTorch sees no CUDA device here, so there is nothing to check")
-print(torch.cuda.get_device_name(), "CUDA", torch.version.cuda)
+if sys.argv[1] == "cuda":
+    if not torch.cuda.is_available():
+        sys.exit("bench/gpu.sh: PyTorch sees no CUDA device here (DEVICE=cpu rehearses)")
+    print(torch.cuda.get_device_name(), "CUDA", torch.version.cuda)
 PYTHON
 } 2>&1 | tee "$summary"
 ((PIPESTATUS[0] == 0)) || exit 2
 
-# Compiling the kernel for each type and layout is most of the suite's time on a GPU: it needs all
-# cores, and tests that spread over them one by one. Types and machine code need no GPU.
-workers=()
-if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$(nproc)" --dist worksteal); fi
-step pytest 200 25 "$python" -m pytest -q "${workers[@]}" \
-  --ignore tests/test_typing.py --ignore tests/test_codegen.py
-sanitizer memcheck 60
-sanitizer racecheck 45
-sanitizer initcheck 45
-step determinism 40 15 "$python" -m bench.determinism
-if "$python" -c "import torchvision" 2>/dev/null; then
-  step torchvision 60 15 "$python" -m bench torchvision --out "$results"
-fi
-left=$((TOTAL_SECONDS - SECONDS))
-step bench "$((left > LEAST_SECONDS ? left : LEAST_SECONDS))" 200 \
-  "$python" -m bench --device cuda --out "$results"
+"$stage"
 
 {
-  printf '\n== summary\n'
+  printf '\n== %s on %s: %s s\n' "$stage" "$device" "$SECONDS"
   printf '%s\n' "${table[@]}"
   if ((failed)); then echo "FAIL"; else echo "PASS"; fi
 } | tee -a "$summary"

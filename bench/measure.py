@@ -3,25 +3,28 @@
 import gc
 import itertools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Action = Callable[[], object]
+Result = TypeVar("Result")
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
 COPY_SECONDS = 0.5
 SAMPLE_MS = 4.0  # aim for one sample: far above the clock's grain and the first launch's delay
 FEWEST_REPEATS, MOST_REPEATS = 8, 128  # on a GPU: its queue has to fill to show its pace
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of each buffer: many times any cache
+WARM_UPS = 3  # of what a graph captures, as PyTorch's documentation has it
 TRACED_LAUNCHES = ("kernel", "gpu_memset", "gpu_memcpy")
 
 
@@ -32,6 +35,21 @@ class Timing:
     median_ms: float
     p20_ms: float
     p80_ms: float
+
+
+def device_named(name: str | None) -> torch.device:
+    """Return the device, the best there is without a name; one with a number becomes current."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        sys.exit(f"bench: device {name!r} is not measured; use cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("bench: --device cuda was asked for, and PyTorch sees no CUDA device here")
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    return device
 
 
 def measure(
@@ -107,6 +125,26 @@ def launches(action: Action, device: torch.device) -> int | None:
         return None
     events = _trace(action, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
     return sum(event.get("cat") in TRACED_LAUNCHES for event in events)
+
+
+def replayed(action: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+    """Capture the action in a CUDA graph; return its replay, which gives the same tensors anew."""
+    untyped: Any = torch.cuda.Stream  # its constructor has no types
+    side = untyped(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # what a first run allocates or compiles is no part of a graph
+        for _ in range(WARM_UPS):
+            action()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = action()
+
+    def replay() -> Result:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -1,11 +1,12 @@
-"""The rows of a run as pictures.
+"""The rows of a run as pictures; `python -m bench plot FILE` draws those of an earlier run.
 
 One with a column per case: time, percent of the copy, and at the largest size a bar per provider
 for time and for memory. One small enough for a README: the bars of the dense case.
 """
 
-from collections.abc import Iterable
-from math import nan
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.providers import FUSED, PROVIDERS
-from bench.report import Report, Row
+from bench.report import Report, Row, read_json
 
 STYLES = {
     "eager_classic": ("#8c8c8c", "v"),
     "eager_composition": ("#c58b2a", "s"),
     "compile": ("#5b8fd6", "^"),
     "compile_grad_and_value": ("#7a4fb5", "D"),
+    "flag_gems": ("#c0504d", "P"),
     FUSED: ("#0b7a3b", "o"),
 }
 FLOOR_STYLE: dict[str, Any] = {"color": "black", "linestyle": (0, (2, 2)), "linewidth": 1.0}
@@ -38,9 +40,24 @@ WIDE_INCHES = 12  # the legend needs this much to stand in one line
 ROOM = 1.12  # empty space kept above the highest mark
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Draw the pictures of a report that was written before."""
+    parser = argparse.ArgumentParser(prog="python -m bench plot", description=__doc__)
+    parser.add_argument("report", type=Path, nargs="+", help="JSON of `python -m bench`")
+    for path in parser.parse_args(arguments).report:
+        write_plots(read_json(path), path)
+    return 0
+
+
+def write_plots(report: Report, path: Path) -> None:
+    """Draw both pictures beside the report's file."""
+    write_plot(report, path.with_suffix(".png"))
+    write_summary(report, path.with_name(f"{path.stem}-summary.png"))
+
+
 def write_plot(report: Report, path: Path) -> None:
     """Draw the whole report."""
-    groups = list(report.groups())
+    groups = list(_timed_groups(report))
     if not groups:
         return
     figure, axes = plt.subplots(
@@ -50,13 +67,12 @@ def write_plot(report: Report, path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for column, ((case, dtype), rows) in enumerate(groups):
-        timed = [row for row in rows if row.median_ms is not None]
+    for column, ((case, dtype), timed) in enumerate(groups):
         time, percent, bars, memory = (line[column] for line in axes)
         time.set_title(f"{case}\n{dtype}", fontsize=10, fontweight="bold")
         _time_lines(time, timed, report.copy_gbps)
         _percent_lines(percent, timed)
-        largest = [row for row in timed if row.numel == max(row.numel for row in timed)]
+        largest = _largest(timed)
         _time_bars(bars, largest, report.copy_gbps)
         _memory_bars(memory, largest)
     for line, label in zip(
@@ -70,11 +86,10 @@ def write_plot(report: Report, path: Path) -> None:
 
 def write_summary(report: Report, path: Path) -> None:
     """Draw time and memory of the dense case in its first type, at the largest size."""
-    for (case, dtype), rows in report.groups():
-        timed = [row for row in rows if row.median_ms is not None]
-        if case != "dense" or not timed:
+    for (case, dtype), timed in _timed_groups(report):
+        if case != "dense":
             continue
-        largest = [row for row in timed if row.numel == max(row.numel for row in timed)]
+        largest = _largest(timed)
         figure, (time, memory) = plt.subplots(1, 2, figsize=(9.0, ROW_INCHES), layout="constrained")
         _time_bars(time, largest, report.copy_gbps)
         time.set_title(TIME, fontsize=10)
@@ -87,6 +102,19 @@ def write_summary(report: Report, path: Path) -> None:
         figure.savefig(path, dpi=100)
         plt.close(figure)
         return
+
+
+def _timed_groups(report: Report) -> Iterator[tuple[tuple[str, str], list[Row]]]:
+    """Yield the report's groups without what failed or was left out, where anything is left."""
+    for key, rows in report.groups():
+        timed = [row for row in rows if row.median_ms is not None]
+        if timed:
+            yield key, timed
+
+
+def _largest(rows: list[Row]) -> list[Row]:
+    most = max(row.numel for row in rows)
+    return [row for row in rows if row.numel == most]
 
 
 def _title_and_legend(figure: Figure, report: Report) -> None:
@@ -178,7 +206,7 @@ def _bars(axes: Axes, rows: list[Row], values: list[float]) -> None:
     bars = axes.bar(range(len(rows)), values, color=colors, width=0.7)
     axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
     axes.set_xticks([])
-    if values:
-        axes.set_ylim(0, max(*values, 0.0) * ROOM or None)
+    highest = max((value for value in values if not isnan(value)), default=0.0)
+    axes.set_ylim(0, highest * ROOM or None)
     axes.grid(alpha=0.3, axis="y")
     axes.set_axisbelow(True)

@@ -16,20 +16,6 @@ import torch
 from bench.measure import Timing
 
 TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
-JSON_KEYS = (
-    "case",
-    "provider",
-    "dtype",
-    "numel",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "floor_bytes",
-    "gbps",
-    "percent_of_copy",
-    "peak_extra_bytes",
-    "launches",
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +24,7 @@ class Row:
 
     `gbps` (1e9 bytes/s) is the floor's bytes over the median, whatever a provider really moved,
     and `percent_of_copy` sets it against the device's copy. A provider that is wrong or cannot
-    run here has a `problem` in words and no figures.
+    run here has a `problem` in words and no figures; one for which no time was left has `left_out`.
     """
 
     case: str
@@ -54,6 +40,7 @@ class Row:
     peak_extra_bytes: int | None = None
     launches: int | None = None
     problem: str | None = None
+    left_out: str | None = None
 
 
 @dataclass
@@ -78,18 +65,29 @@ class Report:
         yield from grouped.items()
 
     def write_json(self, path: Path) -> None:
-        """Write the figures; a problem shows as a row without them."""
-        path.write_text(json.dumps(self._plain(), indent=1) + "\n")
+        """Write the figures, whole or not at all: what was there stays until all is written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self._plain(), indent=1) + "\n")
+        unfinished.replace(path)
 
     def _plain(self) -> dict[str, Any]:
         plain = asdict(self)
-        plain["rows"] = [{key: _rounded(row[key]) for key in JSON_KEYS} for row in plain["rows"]]
+        plain["rows"] = [{key: _rounded(row[key]) for key in row} for row in plain["rows"]]
         plain["copy_gbps"] = _rounded(self.copy_gbps)
         plain["host_us"] = {
             name: {key.removesuffix("_ms"): _rounded(1e3 * ms) for key, ms in timing.items()}
             for name, timing in plain.pop("host").items()
         }
         return plain
+
+
+def read_json(path: Path) -> Report:
+    """Return the report that was written there, its host times left out."""
+    plain = json.loads(path.read_text())
+    plain.pop("host_us")
+    rows = [Row(**row) for row in plain.pop("rows")]
+    return Report(**plain, rows=rows)
 
 
 def describe(device: torch.device, copy_gbps: float) -> Report:

@@ -45,9 +45,10 @@ def print_report(out: Console, report: Report) -> None:
         out.print()
         out.print(_host_table(report.host))
     for row in report.rows:
-        if row.problem is not None:
-            text = f"{row.provider} on {row.case} {row.numel:,} {row.dtype}: {row.problem}"
-            out.print(Text(text, style="red"))
+        for reason, style in ((row.problem, "red"), (row.left_out, "yellow")):
+            if reason is not None:
+                text = f"{row.provider} on {row.case} {row.numel:,} {row.dtype}: {reason}"
+                out.print(Text(text, style=style))
     out.print(
         "\nMilliseconds per forward + backward. fused is: how many times as fast as the row's"
         " provider.\nFloor: bytes that no program can avoid to move; GB/s: floor / median;"
@@ -56,6 +57,18 @@ def print_report(out: Console, report: Report) -> None:
         "beyond the operands, the gradient included.",
         highlight=False,
     )
+
+
+def print_progress(out: Console, rows: list[Row]) -> None:
+    """Print a line with what was just measured, for the log of a run that may be stopped."""
+    times = (
+        f"{row.provider} {'failed' if row.problem else 'left out'}"
+        if row.median_ms is None
+        else f"{row.provider} {_number(row.median_ms, 4)}"
+        for row in rows
+    )
+    name = f"{rows[0].case} {rows[0].numel:,} {rows[0].dtype}"
+    out.print(f"{name}, ms: {', '.join(times)}", highlight=False, soft_wrap=True)
 
 
 def _host_table(host: dict[str, Timing]) -> Table:
@@ -99,8 +112,8 @@ def _table(title: str, rows: list[Row]) -> Table:
 
 
 def _figures(row: Row, fused_ms: float | None) -> list[str]:
-    if row.problem is not None:
-        return ["failed", *[MISSING] * (len(HEADINGS) - 1)]
+    if row.median_ms is None:
+        return ["left out" if row.left_out else "failed", *[MISSING] * (len(HEADINGS) - 1)]
     times = row.median_ms / fused_ms if row.median_ms and fused_ms else None
     return [
         _number(row.median_ms, 4),

@@ -1,13 +1,14 @@
 """`python -m bench tune`: measure the variants of `bench.experiments`, in one call.
 
 Those of the kernel where there is a GPU, those of the eager backend elsewhere. Every variant is
-checked against the oracle and then timed, interleaved with the code as it is.
+checked against the composition in float64 and then timed, interleaved with the code as it is.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from torch import Tensor
 
 from bench import check, measure
 from bench.cases import Spec, Workload, build, rotation
-from bench.experiments import AS_BUILT, EXPERIMENTS, Experiment, backends
+from bench.experiments import AS_BUILT, EXPERIMENTS, Experiment, Variant, backends
 from bench.report import describe, file_stem
-from bench.suite import MOST_COPIES
+from bench.suite import ALL, MOST_COPIES, Clock
 from bench.table import console
 from fused_smoothl1.autograd import apply
 from fused_smoothl1.contract import Problem, make_problem
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 1.5  # of timing a workload
+WORKLOAD_SECONDS = 10.0  # what one may take, with the kernels of its variants compiled
 LEAST_GAIN = 0.02  # what a variant must save on one workload to be worth a look
 Step = Callable[[], tuple[Tensor, Tensor]]
 
@@ -44,55 +46,83 @@ class Row:
     p80_ms: float | None = None
     ratio: float | None = None
     problem: str | None = None
+    left_out: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the experiments; return 1 if a variant is wrong or cannot run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = "triton" if device.type == "cuda" else "eager"
-    chosen = [experiment for experiment in EXPERIMENTS if experiment.backend == backend]
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the JSON")
-    names = [experiment.name for experiment in chosen]
+    parser.add_argument("--device", help='as torch names it: "cpu", "cuda" (the best)')
+    names = [experiment.name for experiment in EXPERIMENTS]
     parser.add_argument("--only", action="append", choices=names, help="one experiment, or several")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=inf,
+        metavar="SECONDS",
+        help="after which nothing new is begun: what is left out, the file says",
+    )
     options = parser.parse_args(arguments)
+    clock = Clock(options.limit)
+    device = measure.device_named(options.device)
+    backend = "triton" if device.type == "cuda" else "eager"
     out = console()
     report = describe(device, measure.copy_gbps(device))
     out.print(f"[bold]{report.device}[/], copy {report.copy_gbps:.0f} GB/s", highlight=False)
+    path = options.out / f"tune-{file_stem(report, device, quick=False)}.json"
     rows: list[Row] = []
-    for experiment in chosen:
-        if options.only and experiment.name not in options.only:
+    for experiment in EXPERIMENTS:
+        if experiment.backend != backend or experiment.name not in (options.only or names):
             continue
-        found = list(run(experiment, device))
+        found: list[Row] = []
+        for measured in run(experiment, device, clock):
+            found += measured
+            # After each workload: a call that is cut short has measured the rest.
+            _write(path, report, rows + found)
         rows += found
         out.print(_table(experiment, found))
-        # After each: a call that is cut short has measured the rest.
-        _write(options.out / f"tune-{file_stem(report, device, quick=False)}.json", report, rows)
     _print_candidates(out, rows)
     return int(any(row.problem for row in rows))
 
 
-def run(experiment: Experiment, device: torch.device) -> Iterator[Row]:
-    """Yield a row for each variant on each workload."""
+def run(experiment: Experiment, device: torch.device, clock: Clock) -> Iterator[list[Row]]:
+    """Yield, for each workload, a row for each variant, or one that says why there are none."""
     variants = (AS_BUILT, *experiment.variants)
     with backends(variants, experiment.backend) as loaded:
         for spec in (Spec(*workload) for workload in experiment.workloads):
-            workload = build(spec, device)
-            truth = check.expected(workload)
-            copies = list(rotation(workload, measure.cache_bytes(device), MOST_COPIES))
-            steps: dict[str, list[Step]] = {}
-            for variant, backend in zip(variants, loaded, strict=True):
-                own = [step_of(copy, backend) for copy in copies]
-                wrong = _problem(workload, truth, own[0])
-                if wrong is None:
-                    steps[variant.name] = own
-                else:
-                    yield Row(experiment.name, str(spec), variant.name, problem=wrong)
-            timings = measure.measure(steps, device, SECONDS) if steps else {}
-            for name, timing in timings.items():
-                built = timings.get(AS_BUILT.name)
-                ratio = timing.median_ms / built.median_ms if built else None
-                yield Row(experiment.name, str(spec), name, **asdict(timing), ratio=ratio)
+            left_out = clock.why_not(WORKLOAD_SECONDS)
+            if left_out is None:
+                pairs = dict(zip(variants, loaded, strict=True))
+                yield _measured(experiment.name, spec, pairs, device)
+            else:
+                yield [Row(experiment.name, str(spec), ALL, left_out=left_out)]
+
+
+def _measured(
+    experiment: str, spec: Spec, backends: dict[Variant, Any], device: torch.device
+) -> list[Row]:
+    workload = build(spec, device)
+    truth = check.expected(workload)
+    copies = list(rotation(workload, measure.cache_bytes(device), MOST_COPIES))
+    steps: dict[str, list[Step]] = {}
+    rows: list[Row] = []
+    for variant, backend in backends.items():
+        try:
+            own = [step_of(copy, backend) for copy in copies]
+            wrong = check.problem(workload, truth, *own[0]())
+        except Exception as error:  # a variant that does not compile is a result too
+            wrong = f"cannot run here: {type(error).__name__}: {error}".splitlines()[0]
+        if wrong is None:
+            steps[variant.name] = own
+        else:
+            rows.append(Row(experiment, str(spec), variant.name, problem=wrong))
+    timings = measure.measure(steps, device, SECONDS) if steps else {}
+    for name, timing in timings.items():
+        built = timings.get(AS_BUILT.name)
+        ratio = timing.median_ms / built.median_ms if built else None
+        rows.append(Row(experiment, str(spec), name, **asdict(timing), ratio=ratio))
+    return rows
 
 
 def step_of(workload: Workload, backend: Any) -> Step:
@@ -127,13 +157,6 @@ def _problem_of(workload: Workload) -> Problem:
     )
 
 
-def _problem(workload: Workload, truth: check.Expected, step: Step) -> str | None:
-    try:
-        return check.problem(workload, truth, *step())
-    except Exception as error:  # a variant that does not compile is a result too
-        return f"cannot run here: {type(error).__name__}: {error}".splitlines()[0]
-
-
 def _table(experiment: Experiment, rows: list[Row]) -> Table:
     table = Table(
         title=f"{experiment.name}\n{experiment.prediction}",
@@ -146,7 +169,8 @@ def _table(experiment: Experiment, rows: list[Row]) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         figures = (row.median_ms, row.p20_ms, row.p80_ms, row.ratio)
-        cells = [row.problem or "-" if f is None else f"{f:.4g}" for f in figures]
+        missing = row.problem or (row.left_out and f"left out: {row.left_out}") or "-"
+        cells = [missing if f is None else f"{f:.4g}" for f in figures]
         table.add_row(row.workload, row.variant, *cells)
     return table
 

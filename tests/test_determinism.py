@@ -62,6 +62,7 @@ def test_repeated_runs(reduction: str, dtype: torch.dtype, backend: str, device:
         assert _same(_run(operands, reduction=reduction), first)
 
 
+@pytest.mark.smoke
 def test_other_calls_in_between(backend: str, device: str) -> None:
     """A call leaves nothing behind that another one sees, neither larger nor smaller."""
     operands = _operands(20_011, device)
@@ -129,6 +130,7 @@ def test_order_of_the_programs(
     assert seen != sorted(seen)
 
 
+@pytest.mark.smoke
 @on_gpu
 def test_a_thousand_launches(triton_backend: str) -> None:
     operands = _operands(1_000_003, "cuda")
@@ -140,6 +142,7 @@ def test_a_thousand_launches(triton_backend: str) -> None:
     assert different.item() == 0
 
 
+@pytest.mark.smoke
 @on_gpu
 def test_several_streams_at_once(triton_backend: str) -> None:
     operands = _operands(1_000_003, "cuda")
@@ -155,6 +158,7 @@ def test_several_streams_at_once(triton_backend: str) -> None:
     assert all(_same(result, first) for result in results)
 
 
+@pytest.mark.smoke
 @on_gpu
 def test_replayed_graph(triton_backend: str) -> None:
     """A captured launch keeps a ticket of its own: replays and eager calls do not meet in one."""
@@ -176,6 +180,7 @@ def test_replayed_graph(triton_backend: str) -> None:
         assert torch.equal(eager, first[0])
 
 
+@pytest.mark.smoke
 def test_interrupted_launch(
     monkeypatch: pytest.MonkeyPatch, triton_backend: str, device: str
 ) -> None:

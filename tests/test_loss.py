@@ -42,6 +42,7 @@ def test_case_of_the_caffe_layer(reduction: str, weighted: bool, backend: str, d
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("reduction", ["sum", "batchmean"])
 @pytest.mark.parametrize("kind", ["float", "mask"])
 def test_rpn(kind: str, reduction: str, backend: str, device: str) -> None:
@@ -60,6 +61,7 @@ def test_rpn(kind: str, reduction: str, backend: str, device: str) -> None:
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_head(reduction: str, backend: str, device: str) -> None:
     """A quarter of the rows are foreground, each with the 4 columns of its class active."""

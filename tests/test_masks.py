@@ -158,6 +158,7 @@ def test_numbers_multiply(zero: Any, role: str, backend: str, device: str) -> No
     assert smooth_l1_loss(input, target, *pair, reduction="sum").isnan()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_masks_in_other_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
     values = gaussian(N, C, seed=1, dtype=dtype, device=device)
@@ -175,6 +176,7 @@ def test_masks_in_other_dtypes(dtype: torch.dtype, backend: str, device: str) ->
         )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size", [1025, 4099])
 def test_mask_at_the_tail_of_a_block(size: int, backend: str, device: str) -> None:
     """Only the last element is selected, then all but the last: the tail's own mask counts too."""

@@ -1,0 +1,368 @@
+"""The benchmark measures only what is right, keeps to its time, and loses no figure.
+
+The workloads are small here, and torch.compile is left out: what it would compile runs as it is.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench import check, measure, providers, suite
+from bench.cases import HIDDEN, Spec, Workload, build, specs
+from bench.providers import FUSED, PROVIDERS
+from bench.report import Row, describe, read_json
+from tests import oracle
+
+ROOT = Path(__file__).parent.parent
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
+# A square for `kernelbench`, whole hidden states for `drafter`, and more than one tile of any.
+NUMEL = 8 * 4 * HIDDEN
+CASES = ("dense", "kernelbench", "none", "row_mask", "drafter", "broadcast", "no_weights")
+QUIET = suite.Progress(at=lambda text: None, advance=lambda share: None)
+
+
+def _numel(case: str) -> int:
+    return 360**2 if case == "kernelbench" else NUMEL
+
+
+def _workload(case: str, device: str, dtype: torch.dtype = torch.float32) -> Workload:
+    return build(Spec(case, _numel(case), dtype), torch.device(device))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile return what it is given."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def conditions(device: str) -> suite.Conditions:
+    return suite.Conditions(torch.device(device), copy_gbps=100.0, seconds=0.0, clock=suite.Clock())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("block", [2**14, 2**30], ids=["in_blocks", "whole"])
+def test_right_answer(case: str, block: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What providers are checked against is the oracle's answer, for each dtype of operands."""
+    monkeypatch.setattr(check, "BLOCK_ELEMENTS", block)
+    for dtype in (torch.float32, torch.float16):
+        workload = _workload(case, device, dtype)
+        truth = check.expected(workload)
+        answer = oracle.smooth_l1(
+            workload.input,
+            workload.target,
+            workload.inside_weights,
+            workload.outside_weights,
+            beta=workload.sigma**-2,
+            reduction=workload.reduction,
+            normalizer=workload.normalizer,
+            upstream=workload.loss_scale if workload.upstream is None else workload.upstream,
+        )
+        pairs = [(truth.loss, answer.loss)]
+        assert (truth.gradient is not None) == workload.backward
+        if truth.gradient is not None:
+            pairs.append((truth.gradient, answer.input))
+        for found, wanted in pairs:
+            np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_provider_is_right(case: str, device: str, uncompiled: None) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        workload = _workload(case, device, dtype)
+        truth = check.expected(workload)
+        rivals = [provider for provider in PROVIDERS if provider.is_rival_of(workload)]
+        assert {"eager_composition", "compile", FUSED} <= {rival.name for rival in rivals}
+        for rival in rivals:
+            for step in rival.prepare([workload, workload.copy()]):
+                assert check.problem(workload, truth, *step()) is None, rival.name
+
+
+@pytest.mark.parametrize("case", ["no_weights", "none", "kernelbench"])
+def test_flag_gems_is_differentiated(
+    case: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operators are called as PyTorch's own would be, which stand in for them here."""
+    backward = torch.ops.aten.smooth_l1_loss_backward.default
+    operators = (torch.nn.functional.smooth_l1_loss, backward)
+    monkeypatch.setattr(providers, "_flag_gems_operators", lambda: operators)
+    (flag_gems,) = (provider for provider in PROVIDERS if provider.name == "flag_gems")
+    workload = _workload(case, device)
+    (step,) = flag_gems.prepare([workload])
+    assert check.problem(workload, check.expected(workload), *step()) is None
+
+
+DEFECTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
+    "loss": lambda loss, gradient: (loss * 1.01, gradient),
+    "NaN loss": lambda loss, gradient: (loss * nan, gradient),
+    "shape of the loss": lambda loss, gradient: (loss[None], gradient),
+    "one element": lambda loss, gradient: (loss, gradient.index_fill(0, _first(gradient), 7.0)),
+    "one NaN": lambda loss, gradient: (loss, gradient.index_fill(0, _first(gradient), nan)),
+    "no gradient": lambda loss, gradient: (loss, None),
+    "shape of the gradient": lambda loss, gradient: (loss, gradient[None]),
+    "dtype": lambda loss, gradient: (loss, gradient.double()),
+}
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=tensor.device)
+
+
+@pytest.mark.parametrize("case", ["dense", "none"])
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_what_is_wrong_is_found(defect: str, case: str, device: str) -> None:
+    workload = _workload(case, device)
+    truth = check.expected(workload)
+    (step,) = PROVIDERS[-1].prepare([workload])
+    loss, gradient = step()
+    assert gradient is not None
+    assert check.problem(workload, truth, loss, gradient) is None
+    assert check.problem(workload, truth, *DEFECTS[defect](loss, gradient)) is not None
+
+
+def _run(listed: list[Spec], conditions: suite.Conditions) -> list[list[Row]]:
+    return list(suite.run(listed, conditions, QUIET))
+
+
+def test_rows(conditions: suite.Conditions, uncompiled: None) -> None:
+    """Each provider of each workload is right and has its figures."""
+    listed = [Spec(case, _numel(case)) for case in CASES]
+    found = _run(listed, conditions)
+    assert [rows[0].case for rows in found] == list(CASES)
+    for row in (row for rows in found for row in rows):
+        assert (row.problem, row.left_out) == (None, None)
+        assert row.median_ms is not None
+        assert row.gbps == pytest.approx(row.floor_bytes / row.median_ms / 1e6)
+        assert row.percent_of_copy == pytest.approx(row.gbps)
+        assert row.peak_extra_bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("case", "reads_and_writes"),
+    [("dense", 5), ("no_weights", 3), ("kernelbench", 2), ("none", 7)],
+)
+def test_floor_of_dense_operands(case: str, reads_and_writes: int) -> None:
+    assert _workload(case, "cpu").floor_bytes == reads_and_writes * _numel(case) * 4
+
+
+@pytest.mark.parametrize("case", ["row_mask", "drafter"])
+def test_floor_under_a_mask(case: str) -> None:
+    """What a mask leaves out of input and target is not loaded; the gradient is whole."""
+    workload = _workload(case, "cpu")
+    mask = workload.inside_weights if case == "row_mask" else workload.outside_weights
+    assert mask is not None
+    assert workload.normalizer is not None
+    selected = int(mask.expand_as(workload.input).sum())
+    small = mask.numel() + workload.normalizer.element_size()
+    assert workload.floor_bytes == (2 * selected + NUMEL) * 4 + small
+
+
+@pytest.mark.parametrize(
+    ("last", "limit", "fits"),
+    [(None, 29.0, False), (None, 300.0, True), (1.0, 29.0, True), (200.0, 300.0, False)],
+)
+def test_compilation_that_does_not_fit_is_left_out(
+    last: float | None, limit: float, fits: bool, conditions: suite.Conditions, uncompiled: None
+) -> None:
+    """The first may take half a minute, and any other one twice the time of the last."""
+    limited = replace(conditions, clock=suite.Clock(limit))
+    if last is not None:
+        limited.clock.compiled(last)
+    (rows,) = _run([Spec("dense", NUMEL)], limited)
+    compiled = [row for row in rows if row.provider in ("compile", "compile_grad_and_value")]
+    assert len(compiled) == 2
+    # When one fits, it takes next to no time, as nothing is compiled here: so the other fits too.
+    assert all((row.left_out is None) == fits for row in compiled)
+    for row in rows:
+        assert (row.median_ms is None) == (row.left_out is not None)
+
+
+def test_a_run_without_time_says_so(conditions: suite.Conditions) -> None:
+    listed = [Spec("dense", NUMEL), Spec("no_weights", NUMEL)]
+    late = replace(conditions, clock=suite.Clock(0.0, reserved=5.0), seconds=1.0)
+    for spec, (row,) in zip(listed, _run(listed, late), strict=True):
+        assert (row.case, row.provider, row.numel) == (spec.case, suite.ALL, NUMEL)
+        assert row.left_out == "it may take 1 s, and 0 s were left"
+    late.clock.reserved = -10.0
+    assert late.clock.why_not(1.0) is None
+
+
+def test_a_provider_that_fails_is_reported(
+    conditions: suite.Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the reason in its row, and the others are timed."""
+
+    def fails(copies: Any) -> Any:
+        raise NotImplementedError("no such kernel\nsecond line")
+
+    def lies(copies: Any) -> Any:
+        return [lambda: (torch.zeros(()), None) for _ in copies]
+
+    providers = (
+        replace(PROVIDERS[0], name="fails", prepare=fails),
+        replace(PROVIDERS[0], name="lies", prepare=lies),
+        PROVIDERS[-1],
+    )
+    monkeypatch.setattr(suite, "PROVIDERS", providers)
+    failed, wrong, fused = _run([Spec("dense", NUMEL)], conditions)[0]
+    assert failed.problem == "cannot run here: NotImplementedError: no such kernel"
+    assert wrong.problem is not None
+    assert wrong.problem.startswith("wrong loss: 0, should be ")
+    assert failed.median_ms is wrong.median_ms is None
+    assert fused.median_ms is not None
+
+
+def test_a_workload_that_does_not_fit_into_memory(
+    conditions: suite.Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_only_small(spec: Spec, device: torch.device) -> Workload:
+        if spec.numel > NUMEL:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(spec, device)
+
+    monkeypatch.setattr(suite, "build", build_only_small)
+    monkeypatch.setattr(suite, "PROVIDERS", PROVIDERS[-1:])
+    (large,), (small,) = _run([Spec("dense", 2 * NUMEL), Spec("dense", NUMEL)], conditions)
+    assert large.problem == "cannot be built here: OutOfMemoryError: CUDA out of memory"
+    assert small.median_ms is not None
+
+
+def test_report_round_trip(tmp_path: Path) -> None:
+    """A report that was written draws the same pictures; its rows keep the fields of old."""
+    report = describe(torch.device("cpu"), copy_gbps=12.345678)
+    report.rows = [
+        Row("dense", FUSED, "float32", 4, 80, median_ms=0.5, launches=2),
+        Row("dense", "compile", "float32", 4, 80, left_out="no time"),
+    ]
+    report.host["fused"] = measure.Timing(0.01, 0.009, 0.011)
+    path = tmp_path / "new" / "report.json"
+    for _ in range(2):
+        report.write_json(path)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    again = read_json(path)
+    assert again.rows == report.rows
+    assert (again.device, again.torch, again.copy_gbps) == (report.device, report.torch, 12.346)
+    plain = json.loads(path.read_text())
+    assert plain["host_us"] == {"fused": {"median": 10.0, "p20": 9.0, "p80": 11.0}}
+    fields = "case provider dtype numel median_ms p20_ms p80_ms floor_bytes gbps"
+    old = {*fields.split(), "percent_of_copy", "peak_extra_bytes", "launches"}
+    assert old < set(plain["rows"][0])
+
+
+def test_old_results_can_be_drawn() -> None:
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        if not path.name.startswith(("train", "tune", "torchvision")):
+            assert read_json(path).rows
+
+
+def test_pictures_of_a_report_with_gaps(tmp_path: Path) -> None:
+    """What failed, was left out, or has no memory of its own leaves no picture undrawn."""
+    pytest.importorskip("matplotlib", reason="waits for the extra `bench`")
+    from bench.plot import main
+
+    def row(case: str, provider: str, **figures: Any) -> Row:
+        return Row(case, provider, "float32", 4, 80, **figures)
+
+    report = describe(torch.device("cpu"), copy_gbps=10.0)
+    timed = {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "gbps": 1.0, "percent_of_copy": 10.0}
+    report.rows = [
+        row("dense", "compile", problem="no compiler"),
+        row("dense", FUSED, **timed, peak_extra_bytes=16),
+        row("rpn_graph", FUSED, **timed),
+        row("none", FUSED, left_out="no time"),
+        row("drafter", suite.ALL, left_out="no time"),
+    ]
+    report.write_json(tmp_path / "report.json")
+    assert main([str(tmp_path / "report.json")]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"report.png", "report-summary.png"}
+
+
+def test_the_most_telling_comes_first() -> None:
+    """On a GPU a run may be stopped at any time."""
+    listed = specs(torch.device("cuda"), quick=False)
+    assert len(set(listed)) == len(listed)
+    first = [str(spec) for spec in listed[:9]]
+    assert first == [
+        "dense 67,108,864 float32",
+        "dense 67,108,864 bfloat16",
+        "kernelbench 1,073,741,824 float32",
+        "drafter 67,108,864 bfloat16",
+        "row_mask 67,108,864 float32",
+        "rpn 86,184 float32",
+        "dense 10,752 float32",
+        "rpn_graph 86,184 float32",
+        "dense_graph 10,752 float32",
+    ]
+
+
+def test_figures_are_written_as_they_come(
+    conditions: suite.Conditions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption loses the workload in hand, and neither the file nor the pictures."""
+    pytest.importorskip("rich", reason="waits for the extra `bench`")
+    from bench import compare
+
+    def run(*arguments: Any) -> Any:
+        rows = suite.run(*arguments)
+        yield next(rows)
+        (written,) = tmp_path.glob("*.json")
+        assert {row.case for row in read_json(written).rows} == {"dense"}
+        raise KeyboardInterrupt
+
+    listed = [Spec("dense", NUMEL), Spec("no_weights", NUMEL)]
+    monkeypatch.setattr(suite, "PROVIDERS", (PROVIDERS[1], PROVIDERS[-1]))
+    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(compare, "specs", lambda device, quick: listed)
+    monkeypatch.setattr(measure, "COPY_SECONDS", 0.0)
+    assert compare.main(["--out", str(tmp_path), "--quick"]) == compare.INTERRUPTED
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="waits for a machine with bash")
+@pytest.mark.parametrize("arguments", [[], ["everything"]])
+def test_gpu_script_names_its_stages(arguments: list[str]) -> None:
+    result = subprocess.run(
+        ["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "measure|check|sweep" in result.stderr
+
+
+@on_gpu
+def test_replay_of_a_graph() -> None:
+    """A replay computes anew from what the operands hold then, into the same tensors."""
+    device = torch.device("cuda")
+    workload = _workload("dense", "cuda")
+    (step,) = PROVIDERS[-1].prepare([workload])
+    replay = measure.replayed(step, device)
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            workload.input.mul_(scale)
+        assert check.problem(workload, check.expected(workload), *replay()) is None
+    assert [t.data_ptr() for t in replay() if t is not None] == [
+        t.data_ptr() for t in replay() if t is not None
+    ]
+
+
+@on_gpu
+def test_rows_of_a_gpu(conditions: suite.Conditions) -> None:
+    """With graphs, memory, launches, and a compiled rival."""
+    listed = [Spec("dense", NUMEL), Spec("dense", NUMEL, graph=True)]
+    found = [row for rows in _run(listed, conditions) for row in rows]
+    assert all(row.problem is None and row.median_ms for row in found), found
+    launches = {row.provider: n for row, n in suite.count_launches(found, listed, conditions)}
+    assert launches[FUSED] == 2
+    assert launches["eager_composition"] > 4
+    fused = next(row for row in found if row.provider == FUSED)
+    assert fused.peak_extra_bytes is not None
+    assert NUMEL * 4 <= fused.peak_extra_bytes < NUMEL * 4 + 2**20
