@@ -69,8 +69,16 @@ class Workload:
         return _bytes(self.input, self.target, *weights, self.upstream)
 
     @property
+    def divisor(self) -> Tensor | float:
+        """What the sum over all elements is divided by."""
+        if self.normalizer is not None:
+            return self.normalizer
+        numbers = {"mean": self.input.numel(), "batchmean": self.input.shape[0]}
+        return float(numbers.get(self.reduction, 1))
+
+    @property
     def floor_bytes(self) -> int:
-        """Bytes that no program can avoid to move: each operand in once, the gradient out once.
+        """Bytes that no program can avoid moving: each operand in once, the gradient out once.
 
         Under a mask, input and target of what it selects alone: the rest takes no part, so nobody
         has to load it. A loss of every element goes out before its gradient comes in, so then input

@@ -3,7 +3,6 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -116,11 +115,14 @@ def _fill(
                 report.write_json(path)
                 print_progress(out, rows)
             clock.reserved = 0.0
-            if not clock.why_not(HOST_SECONDS):
+            left_out = clock.why_not(HOST_SECONDS)
+            if left_out is None:
                 report.host |= host_timings(device)
+            else:
+                report.left_out.append(f"host times: {left_out}")
+            report.write_json(path)
+            for _ in count_launches(report, chosen, conditions):
                 report.write_json(path)
-            for row, launches in count_launches(report.rows, chosen, conditions):
-                report.rows[report.rows.index(row)] = replace(row, launches=launches)
         except KeyboardInterrupt:
             return True
     return False

@@ -2,7 +2,7 @@
 # What only a GPU can show, in three stages that each fit into one short call:
 #
 #     bash bench/gpu.sh measure [DIR]    240 s: a smoke test, then the benchmark
-#     bash bench/gpu.sh check [DIR]      240 s: the whole test suite, then compute-sanitizer
+#     bash bench/gpu.sh check [DIR]      240 s: the tests, then compute-sanitizer
 #     bash bench/gpu.sh sweep [DIR]      180 s: `python -m bench tune`, the launch's constants first
 #
 # DIR (bench/results without one) gets a log of each step, STAGE.txt with the environment and the
@@ -13,7 +13,7 @@
 # DEVICE=cpu rehearses a stage on a machine without a GPU.
 set -u
 
-readonly GRACE_SECONDS=10  # between the polite signal and the hard one
+readonly GRACE_SECONDS=15  # between the polite signal and the hard one
 readonly SMOKE_SECONDS=60  # at most
 readonly SUITE_SECONDS=190 # at most: the sanitizers have what is left of the stage
 readonly LEAST_SECONDS=15  # for a sanitizer to be worth its start
@@ -109,7 +109,10 @@ measure() {
 
 check() {
   # What has never run without a GPU comes first. Types and machine code need none.
-  local files=(tests/test_first_launch.py tests/test_streams_and_graphs.py tests/test_determinism.py)
+  local files=(
+    tests/test_first_launch.py tests/test_streams_and_graphs.py tests/test_determinism.py
+    tests/test_layouts.py tests/test_bench.py tests/test_export.py
+  )
   local file tool
   for file in tests/test_*.py; do
     case " ${files[*]} tests/test_typing.py tests/test_codegen.py " in

@@ -140,7 +140,8 @@ def replayed(action: Callable[[], Result], device: torch.device) -> Callable[[],
     with torch.cuda.graph(graph):
         results = action()
 
-    def replay() -> Result:
+    def replay(kept: Callable[[], Result] = action) -> Result:
+        # The graph reads the memory of what the action holds, and does not keep it alive.
         graph.replay()
         return results
 

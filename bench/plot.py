@@ -34,7 +34,7 @@ FLOOR_STYLE: dict[str, Any] = {"color": "black", "linestyle": (0, (2, 2)), "line
 COLUMN_INCHES, ROW_INCHES = 3.3, 3.1
 FULL = 100.0  # percent
 MEGABYTE = 1e6
-TIME = "ms, forward + backward"
+TIME = "ms a step"
 MEMORY = "peak extra MB, gradient included"
 WIDE_INCHES = 12  # the legend needs this much to stand in one line
 ROOM = 1.12  # empty space kept above the highest mark
@@ -137,8 +137,9 @@ def _legend(figure: Figure) -> None:
 
 
 def _series(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return each provider's rows, the fused one last: it is drawn on top."""
-    return {p.name: [row for row in rows if row.provider == p.name] for p in PROVIDERS}
+    """Return each provider's rows by size, the fused one last: it is drawn on top."""
+    ordered = sorted(rows, key=lambda row: row.numel)
+    return {p.name: [row for row in ordered if row.provider == p.name] for p in PROVIDERS}
 
 
 def _points(figures: Iterable[float | None]) -> list[float]:

@@ -1,8 +1,8 @@
-"""The rivals: each takes a workload and returns steps, a step being one forward and backward.
+"""The rivals: each takes a workload and returns steps.
 
-All get the same tensors and give the same two: the loss and the input's gradient (fresh at each
-step, in the input's type; None where a workload wants none). Some choices make the rivals as strong
-as they can be:
+A step is one forward and backward, or the forward pass alone where there is none. All get the same
+tensors and give the same two: the loss and the input's gradient (fresh at each step, in the input's
+type; None where a workload wants none). Some choices make the rivals as strong as they can be:
 
 - Masks. The formulas know no masks, so they multiply. The eager ones get the mask as floats, made
   before the clock starts, because a mixed-type product is slower there; the compiled ones get the
@@ -207,21 +207,21 @@ def _prepare_grad_and_value(copies: Sequence[Workload]) -> list[Step]:
     options, scale = _options(copies[0]), copies[0].loss_scale
     formula = _formula_of(composition, copies[0])
 
-    def scaled(input: Tensor, operands: Operands, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    def scaled(input: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
         loss = formula(input, operands, options)
-        # No upstream gradient can be passed here: it has to be part of the function.
-        return loss * scale if upstream is None else (loss * upstream).sum(), loss
+        # There is no upstream gradient to pass here: the loss scale has to be part of the function.
+        return loss * scale, loss
 
     compiled = torch.compile(
         torch.func.grad_and_value(scaled, has_aux=True), fullgraph=True, dynamic=False
     )
 
     def step_for(workload: Workload) -> Step:
-        operands, upstream = _operands(workload), workload.upstream
+        operands = _operands(workload)
         input = workload.input.detach()  # else torch.compile would prepare a second derivative
 
         def step() -> tuple[Tensor, Tensor]:
-            gradient, (_, loss) = compiled(input, operands, upstream)
+            gradient, (_, loss) = compiled(input, operands)
             return loss, gradient
 
         return step
@@ -267,8 +267,9 @@ def _is_weighted(workload: Workload) -> bool:
     return workload.inside_weights is not None or workload.outside_weights is not None
 
 
-def _has_backward(workload: Workload) -> bool:
-    return workload.backward
+def _has_value_and_gradient(workload: Workload) -> bool:
+    """Whether both can come out of one pass: a loss of every element is out before the gradient."""
+    return workload.backward and workload.reduction != "none"
 
 
 def _is_for_flag_gems(workload: Workload) -> bool:
@@ -281,7 +282,9 @@ PROVIDERS = (
     Provider("eager_classic", partial(_prepare_as_floats, classic), _is_weighted),
     Provider("eager_composition", partial(_prepare_as_floats, composition)),
     Provider("compile", _prepare_compile, compiles=True),
-    Provider("compile_grad_and_value", _prepare_grad_and_value, _has_backward, compiles=True),
+    Provider(
+        "compile_grad_and_value", _prepare_grad_and_value, _has_value_and_gradient, compiles=True
+    ),
     Provider("flag_gems", partial(_prepare_as_given, flag_gems), _is_for_flag_gems),
     Provider(FUSED, partial(_prepare_as_given, fused)),
 )

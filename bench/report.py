@@ -56,6 +56,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     # Milliseconds of forward + backward of a call too small for the device to matter.
     host: dict[str, Timing] = field(default_factory=dict)
+    # What no row tells of.
+    left_out: list[str] = field(default_factory=list)
 
     def groups(self) -> Iterator[tuple[tuple[str, str], list[Row]]]:
         """Yield ((case, dtype), its rows), all in the order in which they were measured."""
@@ -65,11 +67,8 @@ class Report:
         yield from grouped.items()
 
     def write_json(self, path: Path) -> None:
-        """Write the figures, whole or not at all: what was there stays until all is written."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self._plain(), indent=1) + "\n")
-        unfinished.replace(path)
+        """Write the figures."""
+        write_whole(path, json.dumps(self._plain(), indent=1) + "\n")
 
     def _plain(self) -> dict[str, Any]:
         plain = asdict(self)
@@ -80,6 +79,14 @@ class Report:
             for name, timing in plain.pop("host").items()
         }
         return plain
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all: what was there stays until all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def read_json(path: Path) -> Report:

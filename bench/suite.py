@@ -10,7 +10,7 @@ import torch
 from bench import check, measure
 from bench.cases import Spec, Workload, build, dtype_name, rotation
 from bench.providers import PROVIDERS, Provider, Step, forget_compiled
-from bench.report import Row
+from bench.report import Report, Row
 
 SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing, for all providers of a workload together
 MOST_COPIES = 64  # of a workload on a GPU; where more would fit, launching is the limit anyway
@@ -75,14 +75,12 @@ def run(specs: list[Spec], conditions: Conditions, progress: Progress) -> Iterat
             continue
         try:
             yield _workload_rows(spec, conditions, progress)
-        except torch.OutOfMemoryError as error:  # of the operands or the right answer
-            yield [replace(whole, problem=f"cannot be built here: {_first_line(error)}")]
+        except Exception as error:  # no memory for the operands, or a package is missing
+            yield [replace(whole, problem=f"cannot be measured here: {_first_line(error)}")]
 
 
-def count_launches(
-    rows: Sequence[Row], specs: list[Spec], conditions: Conditions
-) -> Iterator[tuple[Row, int]]:
-    """Yield rows with their launches, for the first of `specs` of each case and type.
+def count_launches(report: Report, specs: list[Spec], conditions: Conditions) -> Iterator[None]:
+    """Fill the launches in for the first of `specs` of each case and type; yield after each.
 
     It is done after all timing: a profiler may leave launches slower behind it.
     """
@@ -90,21 +88,24 @@ def count_launches(
     for spec in specs:
         firsts.setdefault((spec.name, spec.dtype), spec)
     for spec in firsts.values():
-        timed = {row.provider: row for row in rows if _is_of(row, spec) and row.median_ms}
-        if spec.graph or not timed or conditions.clock.why_not(COUNT_SECONDS):
+        timed = {row.provider: row for row in report.rows if _is_of(row, spec) and row.median_ms}
+        if spec.graph or not timed:
             continue
         forget_compiled()
         workload = build(spec, conditions.device)
         for provider in PROVIDERS:
-            if provider.name not in timed or conditions.clock.why_not(
-                COUNT_SECONDS, provider.compiles
-            ):
+            if provider.name not in timed:
                 continue
-            (step,) = provider.prepare([workload])
-            step()  # compiles what compiles
-            launches = measure.launches(step, conditions.device)
-            if launches is not None:
-                yield timed[provider.name], launches
+            row = timed[provider.name]
+            left_out = conditions.clock.why_not(COUNT_SECONDS, provider.compiles)
+            if left_out is None:
+                (step,) = provider.prepare([workload])
+                step()  # compiles what compiles
+                launches = measure.launches(step, conditions.device)
+                report.rows[report.rows.index(row)] = replace(row, launches=launches)
+            else:
+                report.left_out.append(f"launches of {provider.name} on {spec}: {left_out}")
+        yield
 
 
 def _is_of(row: Row, spec: Spec) -> bool:

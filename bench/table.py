@@ -44,17 +44,19 @@ def print_report(out: Console, report: Report) -> None:
     if report.host:
         out.print()
         out.print(_host_table(report.host))
+    for text in report.left_out:
+        out.print(Text(text, style="yellow"))
     for row in report.rows:
         for reason, style in ((row.problem, "red"), (row.left_out, "yellow")):
             if reason is not None:
                 text = f"{row.provider} on {row.case} {row.numel:,} {row.dtype}: {reason}"
                 out.print(Text(text, style=style))
     out.print(
-        "\nMilliseconds per forward + backward. fused is: how many times as fast as the row's"
-        " provider.\nFloor: bytes that no program can avoid to move; GB/s: floor / median;"
-        f" of copy: GB/s against this device's copy,\n{report.copy_gbps:.1f} GB/s read + written"
-        " (small operands stay in a cache and can beat it). Peak extra: most bytes live at once\n"
-        "beyond the operands, the gradient included.",
+        "\nMilliseconds a step: forward + backward, or forward alone (kernelbench). fused is: how"
+        " many times as fast as the\nrow's provider. Floor: bytes that no program can avoid moving;"
+        " GB/s: floor / median; of copy: GB/s against this\ndevice's copy,"
+        f" {report.copy_gbps:.1f} GB/s read + written (small operands stay in a cache and can beat"
+        " it). Peak extra: most bytes\nlive at once beyond the operands, the gradient included.",
         highlight=False,
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import check, measure
 from bench.cases import Spec, Workload, build, rotation
 from bench.experiments import AS_BUILT, EXPERIMENTS, Experiment, Variant, backends
-from bench.report import describe, file_stem
+from bench.report import describe, file_stem, write_whole
 from bench.suite import ALL, MOST_COPIES, Clock
 from bench.table import console
 from fused_smoothl1.autograd import apply
@@ -67,14 +67,17 @@ def main(arguments: Sequence[str]) -> int:
     clock = Clock(options.limit)
     device = measure.device_named(options.device)
     backend = "triton" if device.type == "cuda" else "eager"
+    chosen = [experiment for experiment in EXPERIMENTS if experiment.backend == backend]
+    if options.only:
+        chosen = [experiment for experiment in chosen if experiment.name in options.only]
+    if not chosen:
+        parser.error(f"--only names no experiment of the {backend} backend, which {device} has")
     out = console()
     report = describe(device, measure.copy_gbps(device))
     out.print(f"[bold]{report.device}[/], copy {report.copy_gbps:.0f} GB/s", highlight=False)
     path = options.out / f"tune-{file_stem(report, device, quick=False)}.json"
     rows: list[Row] = []
-    for experiment in EXPERIMENTS:
-        if experiment.backend != backend or experiment.name not in (options.only or names):
-            continue
+    for experiment in chosen:
         found: list[Row] = []
         for measured in run(experiment, device, clock):
             found += measured
@@ -140,18 +143,13 @@ def step_of(workload: Workload, backend: Any) -> Step:
 
 
 def _problem_of(workload: Workload) -> Problem:
-    divisors: dict[str, Tensor | float] = {
-        "mean": workload.input.numel(),
-        "batchmean": workload.input.shape[0],
-        "sum": 1.0 if workload.normalizer is None else workload.normalizer,
-    }
     inside, outside = workload.inside_weights, workload.outside_weights
     return make_problem(
         workload.input,
         workload.target,
         1.0 if inside is None else inside,
         1.0 if outside is None else outside,
-        divisors[workload.reduction],
+        workload.divisor,
         workload.sigma**-2,
         True,
     )
@@ -184,7 +182,6 @@ def _print_candidates(out: Console, rows: list[Row]) -> None:
 
 
 def _write(path: Path, report: Any, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     machine = {key: getattr(report, key) for key in ("device", "driver", "torch", "triton")}
     rounded = [asdict(row) for row in rows]
-    path.write_text(json.dumps({**machine, "rows": rounded}, indent=1) + "\n")
+    write_whole(path, json.dumps({**machine, "rows": rounded}, indent=1) + "\n")

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from bench import check, measure, providers, suite
-from bench.cases import HIDDEN, Spec, Workload, build, specs
+from bench.cases import HIDDEN, Spec, Workload, build, rotation, specs
 from bench.providers import FUSED, PROVIDERS
 from bench.report import Row, describe, read_json
 from tests import oracle
 
 ROOT = Path(__file__).parent.parent
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
-# A square for `kernelbench`, whole hidden states for `drafter`, and more than one tile of any.
+# Whole hidden states for `drafter`, and more than one tile of any.
 NUMEL = 8 * 4 * HIDDEN
 CASES = ("dense", "kernelbench", "none", "row_mask", "drafter", "broadcast", "no_weights")
 QUIET = suite.Progress(at=lambda text: None, advance=lambda share: None)
@@ -78,7 +78,7 @@ def test_right_answer(case: str, block: int, device: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_provider_is_right(case: str, device: str, uncompiled: None) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         workload = _workload(case, device, dtype)
         truth = check.expected(workload)
         rivals = [provider for provider in PROVIDERS if provider.is_rival_of(workload)]
@@ -86,6 +86,43 @@ def test_every_provider_is_right(case: str, device: str, uncompiled: None) -> No
         for rival in rivals:
             for step in rival.prepare([workload, workload.copy()]):
                 assert check.problem(workload, truth, *step()) is None, rival.name
+
+
+def test_the_drafters_rival_is_its_own(
+    device: str, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager or compiled, it is what such training code writes."""
+
+    def asked(*arguments: Any) -> Tensor:
+        raise NotImplementedError
+
+    monkeypatch.setattr(providers, "composition_for_drafter", asked)
+    workload = _workload("drafter", device)
+    for provider in PROVIDERS:
+        if provider.name in ("eager_composition", "compile", "compile_grad_and_value"):
+            (step,) = provider.prepare([workload])
+            with pytest.raises(NotImplementedError):
+                step()
+
+
+def test_flag_gems_is_a_rival_of_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed: a loss without weights, on a GPU."""
+    (flag_gems,) = (provider for provider in PROVIDERS if provider.name == "flag_gems")
+
+    class Cuda:
+        is_cuda = True
+
+    def is_rival(case: str, installed: bool, on_gpu: bool = True) -> bool:
+        workload = _workload(case, "cpu")
+        if on_gpu:
+            workload = replace(workload, input=Cuda())  # type: ignore[arg-type]
+        monkeypatch.setattr(providers, "find_spec", lambda name: object() if installed else None)
+        return flag_gems.is_rival_of(workload)
+
+    for case in CASES:
+        assert is_rival(case, installed=True) == (case in ("no_weights", "none", "kernelbench"))
+    assert not is_rival("no_weights", installed=False)
+    assert not is_rival("no_weights", installed=True, on_gpu=False)
 
 
 @pytest.mark.parametrize("case", ["no_weights", "none", "kernelbench"])
@@ -103,10 +140,11 @@ def test_flag_gems_is_differentiated(
 
 
 DEFECTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
-    "loss": lambda loss, gradient: (loss * 1.01, gradient),
+    "loss": lambda loss, gradient: (loss * (1 + 1e-4), gradient),
     "NaN loss": lambda loss, gradient: (loss * nan, gradient),
     "shape of the loss": lambda loss, gradient: (loss[None], gradient),
-    "one element": lambda loss, gradient: (loss, gradient.index_fill(0, _first(gradient), 7.0)),
+    "one row": lambda loss, gradient: (loss, gradient.index_fill(0, _first(gradient), 7.0)),
+    "roundings": lambda loss, gradient: (loss, gradient * (1 + 1e-5)),
     "one NaN": lambda loss, gradient: (loss, gradient.index_fill(0, _first(gradient), nan)),
     "no gradient": lambda loss, gradient: (loss, None),
     "shape of the gradient": lambda loss, gradient: (loss, gradient[None]),
@@ -132,6 +170,21 @@ def test_what_is_wrong_is_found(defect: str, case: str, device: str) -> None:
 
 def _run(listed: list[Spec], conditions: suite.Conditions) -> list[list[Row]]:
     return list(suite.run(listed, conditions, QUIET))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_lie_in_other_memory(case: str) -> None:
+    """Together they are as large as asked for: what a step reads, no cache holds any more."""
+    workload = _workload(case, "cpu")
+    wanted = 5 * workload.operand_bytes
+    copies = list(rotation(workload, cache_bytes=wanted // 2, most=10))
+    assert len(copies) == 5
+    assert len(list(rotation(workload, cache_bytes=wanted, most=3))) == 3
+    fields = ("input", "target", "inside_weights", "outside_weights", "upstream")
+    for field in fields:
+        tensors = [getattr(copy, field) for copy in copies if getattr(copy, field) is not None]
+        assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
 def test_rows(conditions: suite.Conditions, uncompiled: None) -> None:
@@ -183,6 +236,8 @@ def test_compilation_that_does_not_fit_is_left_out(
     assert len(compiled) == 2
     # When one fits, it takes next to no time, as nothing is compiled here: so the other fits too.
     assert all((row.left_out is None) == fits for row in compiled)
+    assert (limited.clock.why_not(0.0, compiles=True) is None) == fits
+    assert (limited.clock.why_not(limit / 2, compiles=True) is None) == fits
     for row in rows:
         assert (row.median_ms is None) == (row.left_out is not None)
 
@@ -233,8 +288,35 @@ def test_a_workload_that_does_not_fit_into_memory(
     monkeypatch.setattr(suite, "build", build_only_small)
     monkeypatch.setattr(suite, "PROVIDERS", PROVIDERS[-1:])
     (large,), (small,) = _run([Spec("dense", 2 * NUMEL), Spec("dense", NUMEL)], conditions)
-    assert large.problem == "cannot be built here: OutOfMemoryError: CUDA out of memory"
+    assert large.problem == "cannot be measured here: OutOfMemoryError: CUDA out of memory"
     assert small.median_ms is not None
+
+
+def test_launches_are_counted_once_a_case(
+    conditions: suite.Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first size, of every provider that was timed; what is not counted is named."""
+    monkeypatch.setattr(suite, "PROVIDERS", (PROVIDERS[1], PROVIDERS[-1]))
+    counted: list[object] = []
+
+    def launches(action: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> int:
+        counted.append(action()[1].numel())
+        return 7
+
+    monkeypatch.setattr(measure, "launches", launches)
+    report = describe(torch.device("cpu"), copy_gbps=10.0)
+    listed = [Spec("dense", NUMEL), Spec("dense", 64), Spec("none", 64)]
+    for rows in _run(listed, conditions):
+        report.rows += rows
+    assert len(list(suite.count_launches(report, listed, conditions))) == 2
+    assert counted == [NUMEL, NUMEL, 64, 64]
+    assert [row.launches for row in report.rows] == [7, 7, None, None, 7, 7]
+    assert report.left_out == []
+    late = replace(conditions, clock=suite.Clock(0.0))
+    list(suite.count_launches(report, listed[:1], late))
+    assert [text.partition(":")[0] for text in report.left_out] == [
+        f"launches of {name} on dense {NUMEL:,} float32" for name in ("eager_composition", FUSED)
+    ]
 
 
 def test_report_round_trip(tmp_path: Path) -> None:
@@ -245,12 +327,13 @@ def test_report_round_trip(tmp_path: Path) -> None:
         Row("dense", "compile", "float32", 4, 80, left_out="no time"),
     ]
     report.host["fused"] = measure.Timing(0.01, 0.009, 0.011)
+    report.left_out.append("launches: no time")
     path = tmp_path / "new" / "report.json"
     for _ in range(2):
         report.write_json(path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     again = read_json(path)
-    assert again.rows == report.rows
+    assert (again.rows, again.left_out) == (report.rows, report.left_out)
     assert (again.device, again.torch, again.copy_gbps) == (report.device, report.torch, 12.346)
     plain = json.loads(path.read_text())
     assert plain["host_us"] == {"fused": {"median": 10.0, "p20": 9.0, "p80": 11.0}}
@@ -309,8 +392,7 @@ def test_figures_are_written_as_they_come(
     conditions: suite.Conditions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interruption loses the workload in hand, and neither the file nor the pictures."""
-    pytest.importorskip("rich", reason="waits for the extra `bench`")
-    from bench import compare
+    compare = _compare(monkeypatch)
 
     def run(*arguments: Any) -> Any:
         rows = suite.run(*arguments)
@@ -320,12 +402,51 @@ def test_figures_are_written_as_they_come(
         raise KeyboardInterrupt
 
     listed = [Spec("dense", NUMEL), Spec("no_weights", NUMEL)]
-    monkeypatch.setattr(suite, "PROVIDERS", (PROVIDERS[1], PROVIDERS[-1]))
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(compare, "specs", lambda device, quick: listed)
-    monkeypatch.setattr(measure, "COPY_SECONDS", 0.0)
-    assert compare.main(["--out", str(tmp_path), "--quick"]) == compare.INTERRUPTED
+    assert compare.main(["--out", str(tmp_path)]) == compare.INTERRUPTED
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is left out and named in the file; nothing is drawn."""
+    compare = _compare(monkeypatch)
+    assert compare.main(["--out", str(tmp_path), "--limit", "0"]) == 0
+    (path,) = tmp_path.iterdir()
+    report = read_json(path)
+    assert len(report.rows) > 10
+    assert all(row.left_out is not None for row in report.rows)
+    assert report.left_out[0].startswith("host times: ")
+
+
+def _compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the benchmark's command, made quick."""
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package, reason="waits for the extra `bench`")
+    from bench import compare
+
+    monkeypatch.setattr(suite, "PROVIDERS", (PROVIDERS[1], PROVIDERS[-1]))
+    monkeypatch.setattr(measure, "COPY_SECONDS", 0.0)
+    return compare
+
+
+def test_device_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with a number becomes the current one; without one, the current one is taken."""
+    chosen: list[torch.device] = []
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        assert measure.device_named(None).type == ("cuda" if there else "cpu")
+        assert measure.device_named("cpu").type == "cpu"
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        measure.device_named("cuda")
+    with pytest.raises(SystemExit, match="'tpu' is not measured"):
+        measure.device_named("tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen == []
+    assert measure.device_named("cuda") == torch.device("cuda")
+    assert measure.device_named("cuda:1") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="waits for a machine with bash")
@@ -345,24 +466,27 @@ def test_replay_of_a_graph() -> None:
     workload = _workload("dense", "cuda")
     (step,) = PROVIDERS[-1].prepare([workload])
     replay = measure.replayed(step, device)
+    del step  # What it holds is read all the same, so that nobody else may get its memory.
+    others = []
     for scale in (1.0, 0.5):
         with torch.no_grad():
             workload.input.mul_(scale)
+        others += [torch.full((), nan, device=device) for _ in range(100)]
         assert check.problem(workload, check.expected(workload), *replay()) is None
-    assert [t.data_ptr() for t in replay() if t is not None] == [
-        t.data_ptr() for t in replay() if t is not None
-    ]
 
 
 @on_gpu
-def test_rows_of_a_gpu(conditions: suite.Conditions) -> None:
+def test_rows_of_a_gpu(conditions: suite.Conditions, unpoisoned: None) -> None:
     """With graphs, memory, launches, and a compiled rival."""
     listed = [Spec("dense", NUMEL), Spec("dense", NUMEL, graph=True)]
-    found = [row for rows in _run(listed, conditions) for row in rows]
-    assert all(row.problem is None and row.median_ms for row in found), found
-    launches = {row.provider: n for row, n in suite.count_launches(found, listed, conditions)}
-    assert launches[FUSED] == 2
-    assert launches["eager_composition"] > 4
-    fused = next(row for row in found if row.provider == FUSED)
+    report = describe(conditions.device, copy_gbps=1000.0)
+    report.rows = [row for rows in _run(listed, conditions) for row in rows]
+    assert all(row.problem is None and row.median_ms for row in report.rows), report.rows
+    list(suite.count_launches(report, listed, conditions))
+    found = {row.provider: row for row in report.rows if row.case == "dense"}
+    composition, fused = found["eager_composition"], found[FUSED]
+    assert fused.launches == 2
+    assert composition.launches is not None
+    assert composition.launches > 4
     assert fused.peak_extra_bytes is not None
     assert NUMEL * 4 <= fused.peak_extra_bytes < NUMEL * 4 + 2**20

@@ -244,8 +244,13 @@ def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((threading.get_ident(), str(device), current[-1]))
         return f"room for {programs}"
 
-    mine = SimpleNamespace(stream_id=7)
-    module = SimpleNamespace(current_stream=lambda _: mine, stream=stream)
+    mine, another = SimpleNamespace(stream_id=7), SimpleNamespace(stream_id=8)
+    caller = threading.get_ident()
+
+    def current_stream(_: object) -> object:
+        return mine if threading.get_ident() == caller else another
+
+    module = SimpleNamespace(current_stream=current_stream, stream=stream)
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     monkeypatch.setattr(launch, "_workspaces", {})
     monkeypatch.setattr(launch, "_new_workspace", new_workspace)
@@ -254,5 +259,5 @@ def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         found = launch._workspace(torch.device("cuda", 1), 3, False)
         assert found == f"room for {10 * launch.PROGRAMS_PER_MULTIPROCESSOR}"
     ((thread, device, chosen),) = calls
-    assert thread != threading.get_ident()
+    assert thread != caller
     assert (device, chosen) == ("cuda:1", mine)
