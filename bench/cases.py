@@ -77,6 +77,12 @@ class Workload:
         return float(numbers.get(self.reduction, 1))
 
     @property
+    def needed_bytes(self) -> int:
+        """Bytes of the operands that have to be read once, whatever the program."""
+        pair = self.input.element_size() + self.target.element_size()
+        return self.operand_bytes - self.excluded * pair
+
+    @property
     def floor_bytes(self) -> int:
         """Bytes that no program can avoid moving: each operand in once, the gradient out once.
 
@@ -85,12 +91,11 @@ class Workload:
         and target are needed twice. Memory moves in sectors (32 bytes on a GPU) and cache lines,
         which this leaves out: it is a floor.
         """
-        pair = self.input.element_size() + self.target.element_size()
-        floor = self.operand_bytes - self.excluded * pair
+        floor = self.needed_bytes
         if self.backward:
             floor += _bytes(self.input)
         if self.upstream is not None:
-            floor += _bytes(self.upstream) + self.input.numel() * pair
+            floor += _bytes(self.upstream, self.input, self.target)
         return floor
 
     def copy(self) -> "Workload":
@@ -283,11 +288,12 @@ def _rpn(spec: Spec, device: torch.device) -> Workload:
 
 
 def rotation(workload: Workload, cache_bytes: int, most: int) -> Iterator[Workload]:
-    """Yield the workload and copies of it, together twice as large as the cache (`most` in all).
+    """Yield the workload and copies of it (`most` in all).
 
-    Steps that take them in turn read from DRAM.
+    What has to be read of them is together twice as large as the cache: steps that take them in
+    turn read from DRAM.
     """
-    needed = -(-2 * cache_bytes // workload.operand_bytes)
+    needed = -(-2 * cache_bytes // workload.needed_bytes)
     yield workload
     for _ in range(min(needed, most) - 1):
         yield workload.copy()

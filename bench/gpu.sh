@@ -79,7 +79,9 @@ suite() {
   if "$python" -c "import xdist" 2>/dev/null; then
     workers=(-n "$(nproc)" --dist load --maxschedchunk 4)
   fi
-  step "$name" "$limit" 30 "$python" -m pytest -v "${workers[@]}" "$@"
+  # A worker that compiles with torch.compile would start workers of its own for that.
+  step "$name" "$limit" 30 env TORCHINDUCTOR_COMPILE_THREADS=1 \
+    "$python" -m pytest -v "${workers[@]}" "$@"
 }
 
 # sanitizer TOOL: one tool of compute-sanitizer over the small run
@@ -96,9 +98,12 @@ sanitizer() {
     record "$1" "SKIP (no time)" 0
     return
   fi
+  local options=(--tool "$1" --target-processes application-only --error-exitcode 9)
+  # PyTorch asks the driver what may fail, and handles it.
+  [[ $1 == memcheck ]] && options+=(--report-api-errors no)
   # Without the caching allocator each tensor is an allocation of its own, with guarded ends.
-  step "$1" "$(left)" 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$checker" --tool "$1" \
-    --target-processes application-only --error-exitcode 9 "$python" -m bench.sanitize
+  step "$1" "$(left)" 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "$checker" "${options[@]}" "$python" -m bench.sanitize
 }
 
 measure() {
@@ -108,14 +113,15 @@ measure() {
 }
 
 check() {
-  # What has never run without a GPU comes first. Types and machine code need none.
+  # What takes longest and what has never run without a GPU come first. Types, machine code and
+  # several processes with gloo need no GPU.
   local files=(
-    tests/test_first_launch.py tests/test_streams_and_graphs.py tests/test_determinism.py
+    tests/test_properties.py tests/test_first_launch.py tests/test_streams_and_graphs.py tests/test_determinism.py
     tests/test_layouts.py tests/test_bench.py tests/test_export.py
   )
   local file tool
   for file in tests/test_*.py; do
-    case " ${files[*]} tests/test_typing.py tests/test_codegen.py " in
+    case " ${files[*]} tests/test_typing.py tests/test_codegen.py tests/test_distributed.py " in
       *" $file "*) ;;
       *) files+=("$file") ;;
     esac

@@ -63,7 +63,8 @@ class _Idle:
     def forward(
         self, problem: Problem, needs: Needs, *, is_recorded: bool = False
     ) -> tuple[Tensor, Gradients]:
-        return self._loss.detach(), (self._gradient, None, None, None)
+        # (Were somebody else to hold it too, autograd would copy the gradient.)
+        return self._loss.detach(), (self._gradient.detach(), None, None, None)
 
     def rescale(self, gradients: Gradients, upstream: Tensor) -> Gradients:
         return gradients

@@ -120,11 +120,14 @@ def peak_extra_bytes(action: Action, device: torch.device) -> int | None:
 
 
 def launches(action: Action, device: torch.device) -> int | None:
-    """Return how many kernels, fills and copies a step puts on the GPU; None on a CPU."""
+    """Return how many kernels, fills and copies a step puts on the GPU.
+
+    None on a CPU, and where the profiler sees nothing of a GPU.
+    """
     if device.type != "cuda":
         return None
     events = _trace(action, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    return sum(event.get("cat") in TRACED_LAUNCHES for event in events)
+    return sum(event.get("cat") in TRACED_LAUNCHES for event in events) or None
 
 
 def replayed(action: Callable[[], Result], device: torch.device) -> Callable[[], Result]:

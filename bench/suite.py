@@ -76,7 +76,7 @@ def run(specs: list[Spec], conditions: Conditions, progress: Progress) -> Iterat
         try:
             yield _workload_rows(spec, conditions, progress)
         except Exception as error:  # no memory for the operands, or a package is missing
-            yield [replace(whole, problem=f"cannot be measured here: {_first_line(error)}")]
+            yield [replace(whole, problem=f"cannot be measured here: {first_line(error)}")]
 
 
 def count_launches(report: Report, specs: list[Spec], conditions: Conditions) -> Iterator[None]:
@@ -99,11 +99,14 @@ def count_launches(report: Report, specs: list[Spec], conditions: Conditions) ->
             row = timed[provider.name]
             left_out = conditions.clock.why_not(COUNT_SECONDS, provider.compiles)
             if left_out is None:
-                (step,) = provider.prepare([workload])
-                step()  # compiles what compiles
-                launches = measure.launches(step, conditions.device)
-                report.rows[report.rows.index(row)] = replace(row, launches=launches)
-            else:
+                try:
+                    (step,) = provider.prepare([workload])
+                    step()  # compiles what compiles
+                    launches = measure.launches(step, conditions.device)
+                    report.rows[report.rows.index(row)] = replace(row, launches=launches)
+                except Exception as error:  # the profiler's, where it does not work
+                    left_out = first_line(error)
+            if left_out is not None:
                 report.left_out.append(f"launches of {provider.name} on {spec}: {left_out}")
         yield
 
@@ -133,7 +136,7 @@ def _workload_rows(spec: Spec, conditions: Conditions, progress: Progress) -> li
                 steps[rival.name] = _steps(rival, copies, conditions)
                 wrong = check.problem(workload, truth, *steps[rival.name][0]())
             except Exception as error:  # whatever a rival lacks here, the others can still be timed
-                wrong = f"cannot run here: {_first_line(error)}"
+                wrong = f"cannot run here: {first_line(error)}"
             if rival.compiles:
                 clock.compiled(time.monotonic() - began)
             if wrong is not None:
@@ -202,6 +205,7 @@ def _filled(
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an exception's kind and the beginning of what it says."""
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0]}"[:PROBLEM_CHARACTERS]

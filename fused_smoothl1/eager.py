@@ -53,11 +53,8 @@ def forward(
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    factor, share = upstream.to(problem.compute_dtype), _factor(problem)
-    if not _is_one(share):
-        factor = factor * share
     gradients = full_size_gradients(problem, needs)
-    _evaluate(problem, factor, gradients, None, want_sum=False)
+    _differentiate(problem, upstream, gradients)
     return sum_to_weights(problem, gradients)
 
 
@@ -70,13 +67,25 @@ def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
             if gradient.is_cpu or gradient.dtype == upstream.dtype:
                 gradient.mul_(upstream)
             else:  # Where a GPU would round the upstream gradient to 16 bits first.
-                gradient.copy_(gradient.to(upstream.dtype).mul_(upstream))
+                dense = gradient.as_strided((gradient.numel(),), (1,))
+                for part in dense.split(BLOCK):
+                    part.copy_(part.to(upstream.dtype).mul_(upstream))
     return gradients
 
 
 def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
-    """Return the gradients that `forward` returned if they hold, and others otherwise."""
-    return gradients if _is_known_to_be_one(upstream) else backward(problem, upstream, needs)
+    """Compute the gradients anew, in place, unless the upstream gradient is known to be 1."""
+    if not _is_known_to_be_one(upstream):
+        _differentiate(problem, upstream, gradients)
+    return gradients
+
+
+def _differentiate(problem: Problem, upstream: Tensor, gradients: Gradients) -> None:
+    """Write the gradients for this upstream gradient, all of full size."""
+    factor, share = upstream.to(problem.compute_dtype), _factor(problem)
+    if not _is_one(share):
+        factor = factor * share
+    _evaluate(problem, factor, gradients, None, want_sum=False)
 
 
 def composition(problem: Problem) -> Tensor:

@@ -303,8 +303,9 @@ def _kept_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     stream = module.current_stream(device)
 
     def allocate() -> tuple[Tensor, Tensor]:
-        with module.stream(stream):
-            return _new_workspace(device, most)
+        # (To restore another stream would start the first device up, which may not be this one.)
+        module.set_stream(stream)
+        return _new_workspace(device, most)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(allocate).result()

@@ -80,7 +80,7 @@ def test_waits_are_counted(device: str) -> None:
     assert host_waits(waits_for_nothing, torch.device(device)) == 0
 
 
-def test_whole_detector(device: str) -> None:
+def test_whole_detector(device: str, unpoisoned: None) -> None:
     """Its own sampler, its own layout of the operands, and its own losses to compare with."""
     for package in ("torchvision", "sklearn", "rich"):
         pytest.importorskip(package, reason=f"waits for a machine with {package}")

@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,12 +233,6 @@ def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, str, object]] = []
     current: list[object] = []
 
-    @contextmanager
-    def stream(chosen: object) -> Iterator[None]:
-        current.append(chosen)
-        yield
-        current.pop()
-
     def new_workspace(device: torch.device, programs: int) -> str:
         calls.append((threading.get_ident(), str(device), current[-1]))
         return f"room for {programs}"
@@ -250,7 +243,7 @@ def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def current_stream(_: object) -> object:
         return mine if threading.get_ident() == caller else another
 
-    module = SimpleNamespace(current_stream=current_stream, stream=stream)
+    module = SimpleNamespace(current_stream=current_stream, set_stream=current.append)
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     monkeypatch.setattr(launch, "_workspaces", {})
     monkeypatch.setattr(launch, "_new_workspace", new_workspace)
@@ -259,5 +252,6 @@ def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         found = launch._workspace(torch.device("cuda", 1), 3, False)
         assert found == f"room for {10 * launch.PROGRAMS_PER_MULTIPROCESSOR}"
     ((thread, device, chosen),) = calls
+    assert len(current) == 1
     assert thread != caller
     assert (device, chosen) == ("cuda:1", mine)
