@@ -125,8 +125,9 @@ def _fill(
             if left_out is not None:
                 report.left_out.append(f"host times: {left_out}")
             report.write_json(path)
-            for _ in count_launches(report, chosen, conditions):
-                report.write_json(path)
+            if device.type == "cuda":  # A CPU has none.
+                for _ in count_launches(report, chosen, conditions):
+                    report.write_json(path)
         except KeyboardInterrupt:
             return True
     return False

@@ -116,8 +116,8 @@ check() {
   # What takes longest and what has never run without a GPU come first. Types, machine code and
   # several processes with gloo need no GPU.
   local files=(
-    tests/test_properties.py tests/test_first_launch.py tests/test_streams_and_graphs.py tests/test_determinism.py
-    tests/test_layouts.py tests/test_bench.py tests/test_export.py
+    tests/test_properties.py tests/test_first_launch.py tests/test_streams_and_graphs.py
+    tests/test_determinism.py tests/test_layouts.py tests/test_bench.py tests/test_export.py
   )
   local file tool
   for file in tests/test_*.py; do

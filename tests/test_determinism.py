@@ -16,6 +16,9 @@ from torch import Tensor
 from fused_smoothl1 import smooth_l1_loss
 from tests.support import coin, gaussian
 
+# Elements: more tiles of any type than the interpreter has programs, and a tail.
+SEVERAL = 9_011
+
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="waits for a CUDA GPU: programs that run at once"
 )
@@ -56,7 +59,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_repeated_runs(reduction: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    operands = _operands(20_011, device, dtype)
+    operands = _operands(SEVERAL, device, dtype)
     first = _run(operands, reduction=reduction)
     for _ in range(3):
         assert _same(_run(operands, reduction=reduction), first)
@@ -65,7 +68,7 @@ def test_repeated_runs(reduction: str, dtype: torch.dtype, backend: str, device:
 @pytest.mark.smoke
 def test_other_calls_in_between(backend: str, device: str) -> None:
     """A call leaves nothing behind that another one sees, neither larger nor smaller."""
-    operands = _operands(20_011, device)
+    operands = _operands(SEVERAL, device)
     first = _run(operands)
     for n in (1, 30_000, 4097):
         _run(_operands(n, device), reduction="sum")
@@ -122,7 +125,7 @@ def test_order_of_the_programs(
         seen.append(x)
         original(x, y, z)
 
-    operands = _operands(20_011, "cpu")
+    operands = _operands(SEVERAL, "cpu")
     first = _run(operands, reduction=reduction)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
     assert _same(_run(operands, reduction=reduction), first)
@@ -187,7 +190,7 @@ def test_interrupted_launch(
     """A launch that raises half-way leaves no ticket behind that the next one would trip over."""
     from fused_smoothl1 import launch
 
-    operands = _operands(20_011, device)
+    operands = _operands(SEVERAL, device)
     first = _run(operands)
 
     class Interrupted:

@@ -4,7 +4,7 @@ On the CPU the allocator's own events are watched, through PyTorch's profiler, s
 inside an operator counts too; on a GPU the allocator's statistics are. Allowed beside the results
 are 64 KiB for the kernel's workspace, and for the eager path a scratch that does not grow with
 the input: three blocks of at most 2¹⁸ elements. The interpreter counts as a GPU of one
-multiprocessor, whose workspace is smaller, so that a small input is enough to see a copy.
+multiprocessor, whose workspace is much smaller, so that a small input is enough to see a copy.
 """
 
 import gc
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_smoothl1 import smooth_l1_loss
 
-WORKSPACE = 64 * 1024 if torch.cuda.is_available() else 16 * 1024
+WORKSPACE = 64 * 1024 if torch.cuda.is_available() else 6 * 1024
 BLOCKS = 3 * 2**18
 
 
@@ -68,7 +68,7 @@ def _watched(device: str) -> Iterator[Usage]:
 def _size(backend: str, device: str) -> int:
     """Return elements so many that their copy, even in bytes, exceeds what is allowed besides."""
     if device == "cpu":
-        return 1 << 22 if backend == "eager" else 1 << 15
+        return 1 << 22 if backend == "eager" else 1 << 13
     return 1 << 24
 
 
@@ -158,7 +158,7 @@ def test_no_operand_is_copied(layout: str, case: str, backend: str, device: str)
     n = _size(backend, device)
     input, target = (LAYOUTS[layout](_filled(n // 64, 64, device=device)) for seed in (1, 2))
     operands = [input.detach().requires_grad_(), target, *CASES[case](n, device)]
-    peak = _peak(operands, device, reduction="sum")
+    peak = _peak(operands, device, 2.0, reduction="sum")
     assert peak < 4 * n + _allowed(backend)
 
 
