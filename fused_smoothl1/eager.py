@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -313,20 +313,22 @@ def _blocks(
 ) -> Iterator[tuple[Any, ...]]:
     """Split what belongs to all elements into views of blocks of at most `BLOCK` elements.
 
-    The first given is the input. Numbers belong to every block.
+    The first given is the input. Numbers belong to every block, and so does what has no dimensions:
+    it may be a constant on the CPU, which as a view with dimensions would meet no other device.
     """
+
+    def varies(value: Tensor | float | None) -> TypeGuard[Tensor]:
+        return isinstance(value, Tensor) and value.dim() > 0
+
     whole = (*given, *results)
-    tensors = [t for t in whole if isinstance(t, Tensor)]
+    tensors = [t for t in whole if varies(t)]
     shape = tensors[0].shape
     # The order of the results, if there are any, because they are written.
     order = next((t for t in results if t is not None), tensors[0])
     strides = [broadcast_strides(t.shape, t.stride(), shape) for t in tensors]
     sizes, collapsed = collapse(tuple(shape), (order.stride(), *strides))
     rest = iter(collapsed[1:])
-    views = [
-        t.as_strided(sizes, next(rest), t.storage_offset()) if isinstance(t, Tensor) else t
-        for t in whole
-    ]
+    views = [t.as_strided(sizes, next(rest), t.storage_offset()) if varies(t) else t for t in whole]
     # The dimensions outside of `split` are walked one by one, and `split` itself in runs.
     split, inner = 0, prod(sizes[1:])
     while inner >= BLOCK:
@@ -337,7 +339,7 @@ def _blocks(
         for start in range(0, sizes[split], run):
             yield tuple(
                 view[outer].narrow(0, start, min(run, sizes[split] - start))
-                if isinstance(view, Tensor)
+                if varies(view)
                 else view
                 for view in views
             )

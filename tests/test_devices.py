@@ -255,3 +255,12 @@ def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(current) == 1
     assert thread != caller
     assert (device, chosen) == ("cuda:1", mine)
+
+
+def test_constants_of_eager_blocks_keep_no_dimensions() -> None:
+    """They lie on the CPU, and meet tensors of another device as long as they have none."""
+    operands = [torch.empty(3, eager.BLOCK + 1, device="meta") for _ in range(2)]
+    factor = torch.tensor(0.5)
+    blocks = list(eager._blocks((*operands, 1.0, 1.0, factor), (operands[0], *[None] * 4)))
+    assert len(blocks) > 3
+    assert all(block[4] is factor for block in blocks)

@@ -63,12 +63,12 @@ def test_round_trip(strict: bool, reduction: str, backend: str, device: str) -> 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_graph_contains_the_kernel(strict: bool, triton_backend: str, device: str) -> None:
-    assert _targets(_exported(_Step(beta=0.5), strict, device)).count(OPERATOR) == 1
+    assert _targets(_exported(_Step(beta=0.5).to(device), strict, device)).count(OPERATOR) == 1
 
 
 def test_graph_of_eager_pytorch_runs_without_the_package(eager_backend: str, device: str) -> None:
     """It consists of PyTorch's own operators."""
-    names = _targets(_exported(_Step(beta=0.5), False, device))
+    names = _targets(_exported(_Step(beta=0.5).to(device), False, device))
     assert all(name.startswith(("aten.", "<built-in")) for name in names), names
 
 
