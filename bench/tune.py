@@ -150,7 +150,8 @@ def _problem_of(workload: Workload) -> Problem:
         1.0 if inside is None else inside,
         1.0 if outside is None else outside,
         workload.divisor,
-        workload.sigma**-2,
+        workload.sigma,
+        None,
         True,
     )
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from fused_smoothl1 import eager
+from fused_smoothl1.composition import differentiable_backward
 from fused_smoothl1.contract import (
     NOTHING,
     Backend,
@@ -16,6 +15,7 @@ from fused_smoothl1.contract import (
     Problem,
     gradient_in_forward,
 )
+from fused_smoothl1.dispatch import is_plain_backward
 
 
 class SmoothL1(torch.autograd.Function):
@@ -61,15 +61,14 @@ class SmoothL1(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the four operands."""
         (upstream,) = upstreams
+        is_plain = is_plain_backward(upstream)
+        gradients: Gradients | None = None
+        if is_plain:
+            # What the forward pass computed is overwritten and handed out, so it serves once.
+            gradients, ctx.gradients = ctx.gradients, None
         backend: Backend = ctx.backend
-        # What the forward pass computed is overwritten and handed out, so it serves one backward
-        # only.
-        gradients: Gradients | None = ctx.gradients
-        ctx.gradients = None
-        # It has no graph for a caller who wants to differentiate it, and is not one of a batch.
-        is_composed = torch.is_grad_enabled() or is_legacy_batchedtensor(upstream)
         *_, has_masks = ctx.options
-        if gradients is not None and not has_masks and not is_composed:
+        if gradients is not None and not has_masks:
             return *backend.rescale(gradients, upstream), None, None
 
         # Raises if an operand was modified in place since, or if the graph was freed.
@@ -77,8 +76,8 @@ class SmoothL1(torch.autograd.Function):
         others = [n if s is None else s for s, n in zip(saved, ctx.numbers, strict=True)]
         problem = Problem(input, target, *others, *ctx.options)
         needs: Needs = ctx.needs_input_grad[:4]
-        if is_composed:
-            return *eager.differentiable_backward(problem, upstream, needs), None, None
+        if not is_plain:
+            return *differentiable_backward(problem, upstream, needs), None, None
         if gradients is not None:
             return *backend.refresh(problem, gradients, upstream, needs), None, None
         return *backend.backward(problem, upstream, needs), None, None

@@ -1,10 +1,11 @@
 """What a backend is given and what it gives back: the one contract that both of them keep."""
 
 import math
-from typing import NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 # Which of (input, target, inside weights, outside weights) need a gradient.
 Needs = tuple[bool, bool, bool, bool]
@@ -18,6 +19,8 @@ FULL_RANGE = {
     torch.float32: (torch.float32, torch.bfloat16),
     torch.float64: (torch.float64,),
 }
+# What a tracer that is not torch.compile's puts in the place of numbers.
+SYMBOLS = (torch.SymFloat, torch.SymInt)
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
@@ -34,8 +37,8 @@ class Problem(NamedTuple):
     """Like `inside`."""
     divisor: Tensor | float
     """What the sum is divided by: a number, or a tensor of one element that stays on its device."""
-    beta: float
-    """Where the quadratic part ends, finite in `compute_dtype`; 0 is L1."""
+    beta: Tensor | float
+    """Where the quadratic part ends, likewise; 0 is L1."""
     reduce: bool
     """Whether the loss is a sum over all elements, or one loss an element."""
     compute_dtype: torch.dtype
@@ -45,12 +48,6 @@ class Problem(NamedTuple):
     has_masks: bool
     """Whether `inside` or `outside` is a mask, so that some elements may not be selected."""
 
-    @property
-    def inverse_beta(self) -> float:
-        """1 / beta, or inf where `compute_dtype` has no such number: the loss is L1 then."""
-        largest = LARGEST[self.compute_dtype]
-        return 1.0 / self.beta if self.beta * largest >= 1.0 else math.inf
-
 
 def make_problem(
     input: Tensor,
@@ -58,10 +55,16 @@ def make_problem(
     inside: Tensor | float,
     outside: Tensor | float,
     divisor: Tensor | float,
-    beta: float,
+    sigma: float | None,
+    beta: float | None,
     reduce: bool,
+    plain: bool = True,
 ) -> Problem:
-    """Return the problem with its dtypes, which the operands decide."""
+    """Return the problem with its dtypes, which the operands decide; either has sigma or beta.
+
+    Unless the call is plain, a tracer may have put symbols in the place of numbers. These become
+    tensors: a number that is an operator's argument is compiled anew for every value.
+    """
     # As torch.promote_types, which would leave an operation of its own in a traced graph.
     promoted, has_masks = input.dtype, False
     for operand in (target, inside, outside):
@@ -72,14 +75,24 @@ def make_problem(
             elif operand.dtype in FLOAT_DTYPES:
                 promoted = torch.float32
     compute_dtype = torch.float64 if promoted == torch.float64 else torch.float32
+    numbers: tuple[Any, ...] = (inside, outside, divisor, beta)
+    one: Any = 1.0
+    if not plain:
+        one = input.new_ones((), dtype=compute_dtype)
+        numbers = tuple(
+            one * v if isinstance(v, float) and not is_static(v) else v for v in numbers
+        )
+        one = 1.0 if sigma is None or is_static(sigma) else one
+    inside, outside, divisor, chosen_beta = numbers
+    if sigma is not None:
+        chosen_beta = one / sigma / sigma
     return Problem(
         input,
         target,
         inside,
         outside,
         divisor,
-        # float32 has no number for a larger one, and no difference either.
-        min(beta, LARGEST[compute_dtype]),
+        chosen_beta,
         reduce,
         compute_dtype,
         compute_dtype if reduce else promoted,
@@ -134,6 +147,38 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
         and (not needs_input or problem.input.dtype in wide)
         and (not needs_target or problem.target.dtype in wide)
     )
+
+
+def transition(problem: Problem) -> tuple[Tensor | float, Tensor | float]:
+    """Return where the quadratic part ends, finite in the dtype of arithmetic, and 1 / beta.
+
+    The latter is inf where the loss is L1: for a beta of 0, or one of which that dtype has no
+    inverse.
+    """
+    beta, largest = problem.beta, LARGEST[problem.compute_dtype]
+    if isinstance(beta, Tensor):
+        return beta, beta.reciprocal()
+    # Beyond the largest number there is no difference either.
+    return (min(beta, largest), 1.0 / beta) if beta * largest >= 1.0 else (0.0, math.inf)
+
+
+def is_static(number: float) -> bool:
+    """Whether this is a number, not what a tracer has put in its place to serve all numbers."""
+    if not is_dynamo_compiling() and not isinstance(number, SYMBOLS):
+        return True
+    # Imported here because it imports SymPy, which only who traces has loaded already.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
+
+
+def may_hold(condition: bool) -> bool:
+    """Whether a condition holds, or might: a tracer does not know the numbers that data decide."""
+    if not is_dynamo_compiling() and not isinstance(condition, torch.SymBool):
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(condition)
 
 
 def is_mask(weights: Tensor | float) -> TypeGuard[Tensor]:

@@ -8,7 +8,12 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
@@ -57,21 +62,41 @@ def backend_on(device: torch.device) -> Backend:
 def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
     """Whether PyTorch executes this call as it stands, with nothing between it and the tensors.
 
-    Compilation, export, tracing, functorch's transforms, forward-mode AD, and subclasses like
-    DTensor and FakeTensor must see operations that they know, not a kernel launch or a write into
-    scratch memory.
+    What is between must see operations that it knows, not a kernel launch or a write into memory.
     """
     return (
+        # torch.compile and torch.export read this very line.
         not is_dynamo_compiling()
         and not is_transformed()
+        # make_fx, FakeTensorMode, and others that see every operation.
         and _len_torch_dispatch_stack() == 0
+        # DTensor, FakeTensor and other subclasses, and a compiler's symbols in place of numbers.
         and PLAIN_TYPES.issuperset(map(type, operands))
     )
 
 
+def is_plain_backward(upstream: Tensor) -> bool:
+    """Whether PyTorch executes a backward pass as it stands, whatever its forward pass was."""
+    return (
+        # The caller wants to differentiate the result.
+        not torch.is_grad_enabled()
+        # torch.vmap over autograd.grad, forward-mode AD of a gradient, compiled autograd …
+        and is_plain((upstream,))
+        # … and is_grads_batched=True, which is vmap as it was before functorch.
+        and not is_legacy_batchedtensor(upstream)
+    )
+
+
 def is_transformed() -> bool:
-    """Whether a transform of functorch or forward-mode AD is at work."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether what transforms or records operations one by one is at work, and nothing else may."""
+    return (
+        # torch.func: vmap, grad, jvp and all that is made of them. Their tensors look plain.
+        _are_functorch_transforms_active()
+        # torch.autograd.forward_ad: which tensors have a tangent is known to operations only.
+        or forward_ad._current_level >= 0
+        # torch.jit.trace would take what a kernel writes for a constant.
+        or _get_tracing_state() is not None
+    )
 
 
 def is_eager(device: torch.device) -> bool:

@@ -2,8 +2,7 @@
 
 `forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`. They go
 through the operands block by block, in place, so that a small scratch is all they need beside the
-results. `composition` is the same loss once more as a chain of differentiable operations, for those
-who need its graph: double backward, and transformations that trace through it.
+results.
 """
 
 import math
@@ -23,6 +22,7 @@ from fused_smoothl1.contract import (
     full_size_gradients,
     is_mask,
     sum_to_weights,
+    transition,
 )
 from fused_smoothl1.layout import broadcast_strides, collapse
 
@@ -88,64 +88,6 @@ def _differentiate(problem: Problem, upstream: Tensor, gradients: Gradients) -> 
     _evaluate(problem, factor, gradients, None, want_sum=False)
 
 
-def composition(problem: Problem) -> Tensor:
-    """Return the loss as a differentiable composition of PyTorch's own operations."""
-    dtype = problem.compute_dtype
-    difference = problem.input.to(dtype) - problem.target.to(dtype)
-    weights: list[Tensor | float] = []
-    selected: Tensor | None = None
-    for weight in (problem.inside, problem.outside):
-        if isinstance(weight, Tensor) and is_mask(weight):
-            chosen = weight != 0
-            selected = chosen if selected is None else selected & chosen
-            weights.append(1.0)
-        else:
-            weights.append(weight.to(dtype) if isinstance(weight, Tensor) else weight)
-    if selected is not None:
-        # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
-        # (masked_fill would take the memory format of the mask.)
-        difference = torch.where(selected, difference, 0)
-        weights = [w if _is_one(w) else torch.where(selected, w, 0) for w in weights]
-    inside, outside = weights
-    # What comes first in a product decides the memory format. (F.smooth_l1_loss has none of its
-    # own for the gradient.)
-    x = difference if _is_one(inside) else difference * inside
-    loss = _sign(x) * x
-    if problem.inverse_beta < math.inf:
-        # Not a product of two parts of the loss: its derivative would be inf - inf where an
-        # upstream gradient is inf.
-        beta = problem.beta
-        clamped = x.clamp(-beta, beta)
-        loss = torch.where(x.abs() < beta, 0.5 * clamped * (clamped / beta), loss - 0.5 * beta)
-    loss = loss if _is_one(outside) else loss * outside
-    if problem.reduce:
-        loss = loss.sum()
-        loss = loss / problem.divisor if problem.input.numel() else loss
-    return loss.to(problem.loss_dtype)
-
-
-def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
-    """Return the needed gradients connected to the graph of the operands and of `upstream`."""
-
-    def loss_of(*wanted: Tensor) -> Tensor:
-        values = iter(wanted)
-        operands: list[Any] = [
-            next(values) if needed else operand
-            for operand, needed in zip(problem[:4], needs, strict=True)
-        ]
-        return composition(Problem._make([*operands, *problem[4:]]))
-
-    wanted = [v for v, needed in zip(problem[:4], needs, strict=True) if needed]
-    if not wanted:
-        return None, None, None, None
-    pullback = torch.func.vjp(loss_of, *wanted)[1]
-    found = iter(pullback(upstream))
-    grad_input, grad_target, grad_inside, grad_outside = (
-        next(found) if needed else None for needed in needs
-    )
-    return grad_input, grad_target, grad_inside, grad_outside
-
-
 def _factor(problem: Problem) -> Tensor | float:
     """Return what an element's gradient is multiplied by, for an upstream gradient of 1."""
     divisor, dtype = problem.divisor, problem.compute_dtype
@@ -172,13 +114,8 @@ def _is_known_to_be_finite(weights: Tensor | float) -> bool:
     return math.isfinite(weights)
 
 
-def _is_one(weights: Tensor | float) -> bool:
-    return not isinstance(weights, Tensor) and weights == 1
-
-
-def _sign(x: Tensor) -> Tensor:
-    """Return the sign, which is NaN for NaN (torch.sign makes it 0)."""
-    return torch.where(x.isnan(), x, x.sign())
+def _is_one(value: Tensor | float) -> bool:
+    return not isinstance(value, Tensor) and value == 1
 
 
 def _evaluate(
@@ -236,17 +173,17 @@ def _evaluate_block(
     slope = grad_input  # Which it becomes, in place.
     if slope is not None and slope.dtype != x.dtype:
         slope = None
-    beta = problem.beta
-    if beta == 1:
+    beta: Any
+    beta, inverse_beta = transition(problem)
+    if _is_one(beta):
         slope = torch.clamp(x, -1, 1, out=slope)
     else:
-        inverse_beta = problem.inverse_beta
         slope = torch.mul(x, inverse_beta, out=slope).clamp_(-1, 1)
-        if inverse_beta == math.inf:
+        if isinstance(inverse_beta, Tensor) or inverse_beta == math.inf:
             slope.masked_fill_(x == 0, 0)  # 0 times inf.
     want_loss = want_sum or elementwise_loss is not None
     if want_loss or grad_outside is not None:
-        x.sub_(slope if beta == 1 else x.clamp(-beta, beta), alpha=0.5)
+        x.sub_(slope if _is_one(beta) else x.clamp(-beta, beta), alpha=0.5)
     if grad_outside is not None:
         _write(grad_outside, torch.mul(slope, x).mul_(factor), excluded)
     block_sum: Tensor | None = None

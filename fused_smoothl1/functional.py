@@ -2,14 +2,24 @@
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_smoothl1 import ops
 from fused_smoothl1.autograd import apply
-from fused_smoothl1.contract import FLOAT_DTYPES, MASK_DTYPES, NOTHING, make_problem
+from fused_smoothl1.contract import (
+    FLOAT_DTYPES,
+    MASK_DTYPES,
+    NOTHING,
+    SYMBOLS,
+    is_static,
+    make_problem,
+    may_hold,
+)
 from fused_smoothl1.dispatch import backend_for, is_plain
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -105,9 +115,15 @@ def smooth_l1_loss(
         ... )
         >>> loss.backward()
     """
+    given = (input, target, inside_weights, outside_weights, normalizer)
+    # As PyTorch's own functions: torch.fx records this call, and subclasses may have it their way.
+    if has_torch_function(given):
+        options: Any = {"sigma": sigma, "beta": beta, "reduction": reduction}
+        options["normalizer"] = normalizer
+        return handle_torch_function(smooth_l1_loss, given, *given[:4], **options)
     _check_tensor("input", input, FLOAT_DTYPES)
     _check_tensor("target", target, FLOAT_DTYPES, input)
-    if target.shape != input.shape:
+    if not _has_shape(target, input.shape):
         raise ValueError(
             f"target must have input's shape, got target of shape {tuple(target.shape)} "
             f"and input of shape {tuple(input.shape)}"
@@ -115,10 +131,10 @@ def smooth_l1_loss(
     inside = _checked_weights("inside_weights", inside_weights, input)
     outside = _checked_weights("outside_weights", outside_weights, input)
     divisor = _checked_divisor(reduction, normalizer, input)
-    chosen_beta = _checked_beta(sigma, beta)
-    reduce = reduction != "none"
-    problem = make_problem(input, target, inside, outside, divisor, chosen_beta, reduce)
-    if not is_plain((input, target, inside, outside, divisor)):
+    operands = (input, target, inside, outside, divisor)
+    plain = is_plain(operands)
+    problem = make_problem(*operands, *_checked_transition(sigma, beta), reduction != "none", plain)
+    if not plain:
         return ops.smooth_l1(problem)
     backend = backend_for(input)
     if torch.is_grad_enabled():
@@ -128,7 +144,7 @@ def smooth_l1_loss(
 
 def check_options(sigma: float | None, beta: float | None, reduction: str) -> None:
     """Raise what `smooth_l1_loss` would raise for these options."""
-    _checked_beta(sigma, beta)
+    _checked_transition(sigma, beta)
     _check_reduction(reduction)
 
 
@@ -137,13 +153,18 @@ def _check_tensor(
 ) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(value).__name__}: torch.as_tensor makes one"
+            f"{name} must be a torch.Tensor, got {_kind(value)}: torch.as_tensor makes one"
         )
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
             f"{name} must have one of the dtypes {allowed}, got {value.dtype}"
-            + (f": pass {name}.float()" if value.dtype in INTEGER_DTYPES else "")
+            + (f": pass {name}.float()" if value.dtype in INTEGER_DTYPES + MASK_DTYPES else "")
+        )
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be dense, got a nested tensor: "
+            f"pass torch.nested.to_padded_tensor({name}, 0.0)"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {value.layout}: pass {name}.to_dense()")
@@ -164,7 +185,7 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
         if isinstance(weights, Real):
             return _number(name, weights)
         raise TypeError(
-            f"{name} must be a real number or a torch.Tensor, got {type(weights).__name__}"
+            f"{name} must be a real number or a torch.Tensor, got {_kind(weights)}"
             + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
         )
     _check_tensor(name, weights, WEIGHT_DTYPES, input)
@@ -177,17 +198,30 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
     return weights
 
 
+def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
+    if not is_dynamo_compiling():
+        return tensor.shape == shape
+    # One by one, because a comparison of all would ask for what only the data decide.
+    return tensor.dim() == len(shape) and all(
+        may_hold(own == wanted) for own, wanted in zip(tensor.shape, shape, strict=True)
+    )
+
+
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
     if len(shape) > len(to):
         return False
-    for i in range(-len(shape), 0):  # noqa: SIM110 (any() would take longer than what it asks)
-        if shape[i] != 1 and shape[i] != to[i]:
+    holds = may_hold if is_dynamo_compiling() else bool
+    for i in range(-len(shape), 0):
+        if not holds(shape[i] == to[i]) and not holds(shape[i] == 1):
             return False
     return True
 
 
-def _checked_beta(sigma: float | None, beta: float | None) -> float:
+def _checked_transition(
+    sigma: float | None, beta: float | None
+) -> tuple[float | None, float | None]:
+    """Return sigma or beta, and None in the place of the other."""
     if sigma is not None and beta is not None:
         raise ValueError(
             f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}: "
@@ -195,26 +229,33 @@ def _checked_beta(sigma: float | None, beta: float | None) -> float:
         )
     if sigma is not None:
         root = _number("sigma", sigma)
-        if not root > 0:
+        if not may_hold(root > 0):
             raise ValueError(f"sigma must be in (0, inf], got {sigma}")
-        return 1.0 / root / root
+        return root, None
     if beta is not None:
         chosen = _number("beta", beta)
-        if not 0 <= chosen < math.inf:
+        if not (may_hold(chosen >= 0) and may_hold(chosen < math.inf)):
             raise ValueError(f"beta must be in [0, inf), got {beta}")
-        return chosen
-    return 1.0
+        return None, chosen
+    return None, 1.0
 
 
 def _number(name: str, value: Any, otherwise: str = "") -> float:
+    if isinstance(value, SYMBOLS):
+        return cast(float, torch.sym_float(value))
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number{otherwise}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a real number{otherwise}, got {_kind(value)}")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(
             f"{name} must be a number that a float can hold, got a larger one"
         ) from None
+
+
+def _kind(value: object) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _check_reduction(reduction: str) -> None:
@@ -237,12 +278,13 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
         )
     if not isinstance(normalizer, Tensor):
         chosen = _number("normalizer", normalizer, " or a torch.Tensor without dimensions")
-        if not 0 < chosen < math.inf:
+        if not (may_hold(chosen > 0) and may_hold(chosen < math.inf)):
             raise ValueError(
                 f"normalizer must be a finite number above 0, got {normalizer}: "
                 "max(n, 1) serves for a count that may be 0"
             )
-        return chosen
+        # (An integer may be an operator's argument whatever its value is.)
+        return chosen if is_static(normalizer) else normalizer
     if normalizer.dim() != 0:
         raise ValueError(
             "normalizer must be a number or a tensor without dimensions, "

@@ -137,6 +137,7 @@ def smooth_l1_kernel(
     outside_ptr,
     upstream_ptr,
     normalizer_ptr,
+    beta_ptr,
     loss_ptr,
     grad_input_ptr,
     grad_target_ptr,
@@ -180,6 +181,7 @@ def smooth_l1_kernel(
     inside_ptr, outside_ptr: any real dtype, broadcast through strides of 0; None: the number counts
     upstream_ptr:           gradient of the loss, broadcast likewise; None: 1
     normalizer_ptr:         any real dtype, one element, divides; None: `inverse_divisor` counts
+    beta_ptr:               any float dtype, one element, in [0, inf); None: `beta` counts
     loss_ptr:               REDUCE: one element; otherwise [numel]; None: not wanted
     grad_input_ptr, grad_target_ptr, grad_inside_ptr, grad_outside_ptr:
                             [numel] each, any float dtype; None: not wanted
@@ -205,8 +207,13 @@ def smooth_l1_kernel(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    beta = tl.full((), beta, COMPUTE)
-    inverse_beta = tl.full((), inverse_beta, COMPUTE)
+    if beta_ptr is None:
+        beta = tl.full((), beta, COMPUTE)
+        inverse_beta = tl.full((), inverse_beta, COMPUTE)
+    else:
+        given = tl.load(beta_ptr).to(tl.float64)
+        beta = given.to(COMPUTE)
+        inverse_beta = (1 / given).to(COMPUTE)
     one = tl.full((), 1, COMPUTE)
     upstream = one
     if UPSTREAM == "scalar":

@@ -17,6 +17,7 @@ from fused_smoothl1.contract import (
     full_size_gradients,
     is_mask,
     sum_to_weights,
+    transition,
 )
 from fused_smoothl1.kernel import rescale_kernel, smooth_l1_kernel
 from fused_smoothl1.layout import (
@@ -125,7 +126,9 @@ def _launch(
     unless_one: bool = False,
     is_recorded: bool = False,
 ) -> None:
-    input, target, inside, outside, divisor = problem[:5]
+    input, target, inside, outside, divisor, given_beta, *_ = problem
+    # (The kernel divides by itself where beta is on the device.)
+    beta, inverse_beta = (1.0, 1.0) if isinstance(given_beta, Tensor) else transition(problem)
     operands = (
         _stored(input),
         _stored(target),
@@ -155,6 +158,7 @@ def _launch(
             smooth_l1_kernel[(programs,)](
                 *operands,
                 _stored(divisor) if isinstance(divisor, Tensor) else None,
+                given_beta if isinstance(given_beta, Tensor) else None,
                 loss,
                 *gradients,
                 partials,
@@ -162,8 +166,8 @@ def _launch(
                 plan.sizes,
                 *(access.strides for access in plan.accesses),
                 numel,
-                problem.beta,
-                problem.inverse_beta,
+                beta,
+                inverse_beta,
                 1.0 / divisor if not isinstance(divisor, Tensor) else 1.0,
                 inside if not isinstance(inside, Tensor) else 1.0,
                 outside if not isinstance(outside, Tensor) else 1.0,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_smoothl1 import eager
+from fused_smoothl1.composition import composition, differentiable_backward
 from fused_smoothl1.contract import (
     NOTHING,
     Gradients,
@@ -21,7 +21,7 @@ from fused_smoothl1.contract import (
     Problem,
     full_size_gradients,
     gradient_in_forward,
-    make_problem,
+    is_mask,
     sum_to_weights,
 )
 from fused_smoothl1.dispatch import backend_for, is_eager, is_transformed
@@ -32,7 +32,7 @@ def smooth_l1(problem: Problem) -> Tensor:
     # The composition has every derivative and every batching rule, which the transforms of
     # functorch need; and in eager PyTorch it is what a compiler fuses best.
     if is_transformed() or is_eager(problem.input.device):
-        return eager.composition(problem)
+        return composition(problem)
     _register_sharding()
     needs = _needs(problem) if torch.is_grad_enabled() else NOTHING
     now = gradient_in_forward(problem, needs)
@@ -42,65 +42,51 @@ def smooth_l1(problem: Problem) -> Tensor:
     return results[0]
 
 
-@torch.library.custom_op("fused_smoothl1::forward", mutates_args=())
-def forward(
-    input: Tensor,
-    target: Tensor,
-    inside: Tensor | None,
-    outside: Tensor | None,
-    divisor: Tensor | None,
-    inside_number: float,
-    outside_number: float,
-    divisor_number: float,
-    count: int,
-    beta: float,
-    reduce: bool,
-    needs_input: bool,
-    needs_target: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+# What both operators take of a `Problem`, in the order of `_flatten`. A number that a compiler has
+# put a symbol for is a tensor by now, but for `count`.
+PROBLEM = (
+    "Tensor input, Tensor target, "
+    "Tensor? inside, Tensor? outside, Tensor? divisor, Tensor? beta, "
+    "float inside_number, float outside_number, float divisor_number, SymInt count, "
+    "float beta_number, bool reduce, ScalarType loss_dtype"
+)
+TENSORS = 6
+
+
+@torch.library.custom_op(
+    "fused_smoothl1::forward",
+    mutates_args=(),
+    schema=f"({PROBLEM}, bool needs_input, bool needs_target) -> (Tensor, Tensor, Tensor)",
+)
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss and, where needed, the gradients for an upstream gradient of 1."""
-    tensors = (input, target, inside, outside, divisor)
-    problem = _unflatten(
-        *tensors, inside_number, outside_number, divisor_number, count, beta, reduce
-    )
-    needs = (needs_input, needs_target, False, False)
-    loss, gradients = backend_for(input).forward(problem, needs, is_recorded=True)
-    grad_input, grad_target, _, _ = _present(input, gradients)
+    *given, needs_input, needs_target = arguments
+    problem, needs = _unflatten(*given), (needs_input, needs_target, False, False)
+    loss, gradients = backend_for(problem.input).forward(problem, needs, is_recorded=True)
+    grad_input, grad_target, _, _ = _present(problem.input, gradients)
     return loss, grad_input, grad_target
 
 
-@torch.library.custom_op("fused_smoothl1::backward", mutates_args=())
-def backward(
-    upstream: Tensor,
-    input: Tensor,
-    target: Tensor,
-    inside: Tensor | None,
-    outside: Tensor | None,
-    divisor: Tensor | None,
-    inside_number: float,
-    outside_number: float,
-    divisor_number: float,
-    count: int,
-    beta: float,
-    reduce: bool,
-    needs_input: bool,
-    needs_target: bool,
-    needs_inside: bool,
-    needs_outside: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "fused_smoothl1::backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor upstream, {PROBLEM}, bool needs_input, bool needs_target, bool needs_inside, "
+        "bool needs_outside) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the needed gradients for any upstream gradient."""
-    tensors = (input, target, inside, outside, divisor)
-    problem = _unflatten(
-        *tensors, inside_number, outside_number, divisor_number, count, beta, reduce
-    )
-    needs = (needs_input, needs_target, needs_inside, needs_outside)
-    return _present(input, backend_for(input).backward(problem, upstream, needs))
+    problem, needs = _unflatten(*arguments[:-4]), arguments[-4:]
+    backend = backend_for(problem.input)
+    return _present(problem.input, backend.backward(problem, upstream, needs))
 
 
 @forward.register_fake
-def _(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *problem_arguments, needs_input, needs_target = arguments
-    problem = _unflatten(input, target, *problem_arguments)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, needs_input, needs_target = arguments
+    problem = _unflatten(*given)
+    input = problem.input
     if problem.reduce:
         loss = input.new_empty((), dtype=problem.loss_dtype)
     else:
@@ -110,14 +96,15 @@ def _(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, T
 
 
 @backward.register_fake
-def _(upstream: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _unflatten(input, *arguments[:-4])
-    return _present(input, sum_to_weights(problem, full_size_gradients(problem, arguments[-4:])))
+def _(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _unflatten(*arguments[:-4])
+    gradients = sum_to_weights(problem, full_size_gradients(problem, arguments[-4:]))
+    return _present(problem.input, gradients)
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.numbers = inputs[5:]
+    ctx.save_for_backward(*inputs[:TENSORS], *output[1:])
+    ctx.numbers = inputs[TENSORS:]
 
 
 def _backward_of_forward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -138,15 +125,16 @@ def _backward_of_forward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | 
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.numbers = inputs[6:]
+    ctx.save_for_backward(*inputs[: TENSORS + 1])
+    ctx.numbers = inputs[TENSORS + 1 :]
 
 
 def _backward_of_backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
     upstream, *tensors = ctx.saved_tensors
     *numbers, a, b, c, d = ctx.numbers
     needs, wanted = (a, b, c, d), ctx.needs_input_grad[:5]
-    operands = (upstream, *_unflatten(*tensors, *numbers)[:4])
+    problem = _unflatten(*tensors, *numbers)
+    operands = (upstream, *problem[:4])
 
     def gradients_of(*chosen: Tensor) -> tuple[Tensor, ...]:
         values = iter(chosen)
@@ -154,10 +142,7 @@ def _backward_of_backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, 
             next(values) if is_wanted else operand
             for operand, is_wanted in zip(operands, wanted, strict=True)
         )
-        problem = _unflatten(*tensors, *numbers)._replace(
-            input=four[0], target=four[1], inside=four[2], outside=four[3]
-        )
-        found = eager.differentiable_backward(problem, upstream, needs)
+        found = differentiable_backward(Problem._make((*four, *problem[4:])), upstream, needs)
         return tuple(gradient for gradient in found if gradient is not None)
 
     pullback = torch.func.vjp(gradients_of, *_only(operands, wanted))[1]
@@ -170,68 +155,22 @@ torch.library.register_autograd(forward, _backward_of_forward, setup_context=_se
 torch.library.register_autograd(backward, _backward_of_backward, setup_context=_setup_backward)
 
 
-@forward.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    *problem_arguments, needs_input, needs_target = arguments
-    problem = _batched(info.batch_size, in_dims, problem_arguments)
-    # One elementwise loss for the whole batch, not rounded yet, and then a sum for each sample.
-    unrounded = problem._replace(input=problem.input.to(problem.compute_dtype))
-    loss = forward(*_flatten(unrounded._replace(divisor=1, reduce=False)), False, False)[0]
-    if problem.reduce:
-        loss = (loss / problem.divisor).flatten(1).sum(1)
-    needs = (needs_input, needs_target, False, False)
-    gradients = _batched_backward(problem, torch.ones_like(loss), needs)
-    return (loss.to(problem.loss_dtype), *gradients[:2]), (0, 0, 0)
+def _register_vmap(operator: Any) -> None:
+    """Make torch.vmap over a graph that contains the operator call it for each sample."""
+
+    @operator.register_vmap
+    def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        given = tuple(zip(arguments, in_dims, strict=True))
+        samples = [
+            operator(*(value if dim is None else value.select(dim, i) for value, dim in given))
+            for i in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+        return results, (0,) * len(results)
 
 
-@backward.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    upstream, *problem_arguments = arguments[:-4]
-    problem = _batched(info.batch_size, in_dims[1:], problem_arguments)
-    upstream = _batch_first(info.batch_size, in_dims[0], upstream)
-    gradients = _batched_backward(problem, upstream, arguments[-4:])
-    samples = (_unbatched_shape(in_dims[i + 1], arguments[i + 1]) for i in range(4))
-    shaped = (
-        gradient.view(info.batch_size, *shape) if needed else gradient
-        for gradient, shape, needed in zip(gradients, samples, arguments[-4:], strict=True)
-    )
-    return tuple(shaped), (0, 0, 0, 0)
-
-
-def _batched(size: int, in_dims: tuple[int | None, ...], arguments: Any) -> Problem:
-    """Return the problem of a whole batch, with the batch as the first dimension of each tensor."""
-    values = list(arguments)
-    for position, dim in enumerate(in_dims[:5]):
-        if values[position] is not None:
-            first = _batch_first(size, dim, values[position])
-            # Broadcasting aligns at the right, so the batch must stay left of all dimensions.
-            values[position] = _pad_samples(first, values[0].dim() if position else first.dim())
-    return _unflatten(*values)
-
-
-def _batched_backward(problem: Problem, upstream: Tensor, needs: Needs) -> tuple[Tensor, ...]:
-    """Return the needed gradients of each sample, for upstream gradients of each sample's loss."""
-    factor = _pad_samples(upstream, problem.input.dim()) / problem.divisor
-    elementwise = problem._replace(divisor=1, reduce=False)
-    gradients = backward(factor.expand_as(problem.input), *_flatten(elementwise), *needs)
-    return tuple(
-        gradient if needed else gradient.expand(problem.input.shape[0], 0)
-        for gradient, needed in zip(gradients, needs, strict=True)
-    )
-
-
-def _batch_first(size: int, dim: int | None, value: Tensor) -> Tensor:
-    return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-
-
-def _pad_samples(value: Tensor, dims: int) -> Tensor:
-    return value[(slice(None), *(None,) * (dims - value.dim()))]
-
-
-def _unbatched_shape(dim: int | None, value: Tensor | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value.shape if dim is None else value.movedim(dim, 0).shape[1:])
+_register_vmap(forward)
+_register_vmap(backward)
 
 
 def _register_sharding() -> None:
@@ -250,43 +189,24 @@ def _needs(problem: Problem) -> Needs:
 
 
 def _flatten(problem: Problem) -> tuple[Any, ...]:
-    """Return the operators' arguments: five tensors or None, then the numbers."""
-    tensors = (v if isinstance(v, Tensor) else None for v in problem[:5])
-    divisor = problem.divisor
+    """Return the operators' arguments: six tensors or None, then the numbers."""
+    given = problem[:6]
+    tensors = (v if isinstance(v, Tensor) else None for v in given)
+    inside, outside, divisor, beta = (1.0 if isinstance(v, Tensor) else v for v in given[2:])
     # A number of elements may be symbolic, which only an integer argument can be.
-    is_count = isinstance(divisor, int | torch.SymInt)
-    numbers = (problem.inside, problem.outside, 1.0 if is_count else divisor)
-    return (
-        *tensors,
-        *(1.0 if isinstance(v, Tensor) else v for v in numbers),
-        divisor if is_count else 1,
-        problem.beta,
-        problem.reduce,
-    )
+    is_count = not isinstance(divisor, float)
+    divisor, count = (1.0, divisor) if is_count else (divisor, 1)
+    return *tensors, inside, outside, divisor, count, beta, problem.reduce, problem.loss_dtype
 
 
-def _unflatten(
-    input: Tensor,
-    target: Tensor,
-    inside: Tensor | None,
-    outside: Tensor | None,
-    divisor: Tensor | None,
-    inside_number: float,
-    outside_number: float,
-    divisor_number: float,
-    count: int,
-    beta: float,
-    reduce: bool,
-) -> Problem:
-    return make_problem(
-        input,
-        target,
-        inside_number if inside is None else inside,
-        outside_number if outside is None else outside,
-        count * divisor_number if divisor is None else divisor,
-        beta,
-        reduce,
-    )
+def _unflatten(*arguments: Any) -> Problem:
+    input, target, *given = arguments[:TENSORS]
+    inside, outside, divisor, count, beta, reduce, loss_dtype = arguments[TENSORS:]
+    numbers = (inside, outside, count * divisor, beta)
+    four = [number if t is None else t for t, number in zip(given, numbers, strict=True)]
+    compute_dtype = torch.float64 if loss_dtype == torch.float64 else torch.float32
+    has_masks = any(map(is_mask, four[:2]))
+    return Problem._make((input, target, *four, reduce, compute_dtype, loss_dtype, has_masks))
 
 
 def _present(input: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:

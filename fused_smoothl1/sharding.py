@@ -33,9 +33,9 @@ def _everywhere(*tensors: Any) -> Placements:
 @register_sharding(ops.forward._opoverload)
 def _(*arguments: Any) -> list[Rule]:
     """Every shard gives its part of the sum, because `divisor` and `count` are global."""
-    *operands, divisor = arguments[:5]
-    reduce, needs_input, needs_target = arguments[-3:]
-    rest: Placements = [*_everywhere(divisor), *(None for _ in arguments[5:])]
+    *operands, divisor, beta = arguments[:6]
+    reduce, _, needs_input, needs_target = arguments[-4:]
+    rest: Placements = [*_everywhere(divisor, beta), *(None for _ in arguments[6:])]
     rules: list[Rule] = [([Replicate()] * 3, [*_everywhere(*operands), *rest])]
     for dim in range(operands[0].ndim):
         shard = Shard(dim)
@@ -51,10 +51,9 @@ def _(*arguments: Any) -> list[Rule]:
 @register_sharding(ops.backward._opoverload)
 def _(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
-    *operands, divisor = arguments[:5]
-    reduce = arguments[-5]
-    needs = arguments[-4:]
-    rest: Placements = [*_everywhere(divisor), *(None for _ in arguments[5:])]
+    *operands, divisor, beta = arguments[:6]
+    reduce, _, *needs = arguments[-6:]
+    rest: Placements = [*_everywhere(divisor, beta), *(None for _ in arguments[6:])]
     everywhere = _everywhere(upstream, *operands)
     rules: list[Rule] = [([Replicate()] * 4, [*everywhere, *rest])]
     for dim in range(operands[0].ndim):

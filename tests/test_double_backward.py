@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from tests.composed import composed
 from tests.support import coin, gaussian
 
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]
@@ -35,17 +35,6 @@ def _operands(
     assert ((x - BETA).abs() > 1e-3).all()
     assert (x > 1e-3).all()
     return operands
-
-
-def _composition(
-    input: Tensor, target: Tensor, inside: Tensor, outside: Tensor, *, reduction: str
-) -> Tensor:
-    x = inside * (input - target)
-    loss = outside * F.smooth_l1_loss(x, torch.zeros_like(x), beta=BETA, reduction="none")
-    if reduction == "none":
-        return loss
-    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0]}[reduction]
-    return loss.sum() / divisor
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -98,7 +87,7 @@ def test_gradient_penalty_is_eager(
     results = []
     for function in (
         lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction),
-        lambda *t: _composition(*t, reduction=reduction),
+        lambda *t: composed(*t, beta=BETA, reduction=reduction),
     ):
         operands = _operands(device, dtype=dtype)
         loss = function(*operands).sum()
@@ -136,7 +125,7 @@ def test_third_order(backend: str, device: str) -> None:
     results = []
     for function in (
         lambda *t: smooth_l1_loss(*t, beta=BETA, reduction="sum"),
-        lambda *t: _composition(*t, reduction="sum"),
+        lambda *t: composed(*t, beta=BETA, reduction="sum"),
     ):
         operands = _operands(device, "full")
         loss = function(*operands)

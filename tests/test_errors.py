@@ -6,6 +6,7 @@ leave the wording free. Both backends raise the same.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,8 @@ def test_dtype_of_input_and_target(
 ) -> None:
     call = _call(device, **{name: torch.ones(SHAPE, dtype=dtype, device=device)})
     said = str(dtype).removeprefix("torch.")
-    _raises(TypeError, call, name, said, "float32", "float16")
+    way_out = () if dtype.is_complex else (rf"{name}\.float\(\)",)
+    _raises(TypeError, call, name, said, "float32", "float16", *way_out)
 
 
 @pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
@@ -257,6 +259,36 @@ def test_options_are_keywords_and_unknown_ones_raise(keywords: Any, device: str)
 def test_sparse(name: str, backend: str, device: str) -> None:
     call = _call(device, **{name: torch.ones(SHAPE, device=device).to_sparse()})
     _raises(TypeError, call, name, "sparse", "dense")
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("name", ["input", "target", "inside_weights", "outside_weights"])
+def test_nested(name: str, layout: torch.layout, backend: str, device: str) -> None:
+    """The way out that the message shows is one."""
+    parts = [torch.ones(rows, 4, device=device) for rows in (2, 3)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    way_out = f"torch.nested.to_padded_tensor({name}, 0.0)"
+    _raises(TypeError, _call(device, **{name: nested}), name, "nested", re.escape(way_out))
+    padded = eval(way_out, {"torch": torch, name: nested})
+    assert smooth_l1_loss(padded, torch.zeros_like(padded), reduction="sum").item() == 5 * 4 / 2
+
+
+@pytest.mark.parametrize("name", ["input", "target"])
+def test_masked_tensor(name: str, backend: str, device: str) -> None:
+    """PyTorch's own answer, as for its own loss: an operation is not supported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MaskedTensor is a prototype
+        masked = torch.masked.masked_tensor(
+            torch.ones(SHAPE, device=device), torch.ones(SHAPE, dtype=torch.bool, device=device)
+        )
+        _raises(TypeError, _call(device, **{name: masked}), "MaskedTensor")
+
+
+def test_numpy_bool_is_told_from_bool(backend: str, device: str) -> None:
+    """A bool would be a mask, so the message must not say that a bool came."""
+    for name in ("inside_weights", "outside_weights", "normalizer"):
+        call = _call(device, reduction="sum", **{name: np.bool_(True)})
+        _raises(TypeError, call, name, r"numpy\.bool")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_same_answers(variant: Variant, backend: str, masked: bool, device: str)
         inside = coin(rows, 1, seed=5, p=0.1, device=device)
     operands = (input.requires_grad_(), target, inside, outside.abs())
     reference = oracle.smooth_l1(*operands, beta=0.5, reduction="sum", upstream=UPSTREAM)
-    problem = make_problem(*operands, 1.0, 0.5, True)
+    problem = make_problem(*operands, 1.0, None, 0.5, True)
     with backends((variant,), backend) as (loaded,):
         for _ in range(2):  # What a first call keeps must serve the next.
             loss = apply(*operands, problem, loaded)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name PyTorch users know it by)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, jvp, vjp, vmap
@@ -18,27 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 from tests import oracle
+from tests.composed import composed
 from tests.support import assert_near, beta_of, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, detached, make
 
 FORWARD = torch.ops.fused_smoothl1.forward.default
 BACKWARD = torch.ops.fused_smoothl1.backward.default
-
-
-def _reference(
-    input: Tensor,
-    target: Tensor,
-    inside: Any = 1.0,
-    outside: Any = 1.0,
-    *,
-    beta: float,
-    reduction: str = "mean",
-) -> Tensor:
-    """Return the loss as PyTorch's own functions compose it; float weights only."""
-    x = inside * (input - target)
-    loss: Tensor = outside * F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none", beta=beta)
-    divisors = {"none": 1, "sum": 1, "mean": loss.numel(), "batchmean": loss.shape[0]}
-    return (loss if reduction == "none" else loss.sum()) / divisors[reduction]
 
 
 def _four(device: str, *batch: int) -> tuple[Tensor, ...]:
@@ -71,7 +55,7 @@ def test_grad_of_every_operand(backend: str, device: str) -> None:
     four = _four(device)
     arguments = tuple(range(4))
     found = grad(lambda *o: smooth_l1_loss(*o, beta=0.5), argnums=arguments)(*four)
-    expected = grad(lambda *o: _reference(*o, beta=0.5), argnums=arguments)(*four)
+    expected = grad(lambda *o: composed(*o, beta=0.5), argnums=arguments)(*four)
     torch.testing.assert_close(found, expected)
 
 
@@ -129,7 +113,7 @@ def test_grad_of_grad(backend: str, device: str) -> None:
         return result
 
     found = grad(lambda x: penalty(smooth_l1_loss, x))(four[0])
-    expected = grad(lambda x: penalty(_reference, x))(four[0])
+    expected = grad(lambda x: penalty(composed, x))(four[0])
     torch.testing.assert_close(found, expected)
     assert found.abs().sum() > 0
 
@@ -148,10 +132,38 @@ def test_jacobian_of_the_elementwise_loss(backend: str, device: str) -> None:
     found = jacrev(
         lambda x: smooth_l1_loss(x, target, inside, outside, beta=0.5, reduction="none")
     )(input)
-    expected = jacrev(lambda x: _reference(x, target, inside, outside, beta=0.5, reduction="none"))(
+    expected = jacrev(lambda x: composed(x, target, inside, outside, beta=0.5, reduction="none"))(
         input
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "normalizer"), [*((r, None) for r in REDUCTIONS), ("sum", 3), ("sum", 2.5)]
+)
+@pytest.mark.parametrize("weights", [None, 0.75, "rows", "mask"])
+@pytest.mark.parametrize("shape", [(6, 4), ()], ids=str)
+def test_tangents_have_the_dtype_of_the_loss(
+    shape: tuple[int, ...],
+    weights: Any,
+    reduction: str,
+    normalizer: Any,
+    backend: str,
+    device: str,
+) -> None:
+    """PyTorch makes float64 of a tangent without dimensions that meets a number."""
+    x, target = gaussian(*shape, seed=1, device=device), gaussian(*shape, seed=2, device=device)
+    if isinstance(weights, str):
+        make_weights: Any = {"rows": gaussian, "mask": coin}[weights]
+        weights = make_weights(*(6, 1)[: len(shape)], seed=3, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        options: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
+        return smooth_l1_loss(x, target, weights, 0.5, beta=0.6, **options)
+
+    found: Any = jvp(loss, (x,), (torch.ones_like(x),))
+    assert [part.dtype for part in found] == [torch.float32] * 2
+    torch.testing.assert_close(found[1].sum(), grad(lambda x: loss(x).sum())(x).sum())
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -159,14 +171,14 @@ def test_jvp(reduction: str, backend: str, device: str) -> None:
     four = _four(device)
     tangents = tuple(torch.roll(t, 1, 0) for t in four)
     found = jvp(lambda *o: smooth_l1_loss(*o, beta=0.5, reduction=reduction), four, tangents)
-    expected = jvp(lambda *o: _reference(*o, beta=0.5, reduction=reduction), four, tangents)
+    expected = jvp(lambda *o: composed(*o, beta=0.5, reduction=reduction), four, tangents)
     torch.testing.assert_close(found, expected)
 
 
 def test_vjp(backend: str, device: str) -> None:
     four = _four(device)
     found: Any = vjp(lambda *o: smooth_l1_loss(*o, beta=0.5, reduction="none"), *four)
-    expected: Any = vjp(lambda *o: _reference(*o, beta=0.5, reduction="none"), *four)
+    expected: Any = vjp(lambda *o: composed(*o, beta=0.5, reduction="none"), *four)
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1](four[0]), expected[1](four[0]))
 
@@ -179,10 +191,10 @@ def test_dual_numbers(requires_grad: bool, backend: str, device: str) -> None:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(input.requires_grad_(requires_grad), tangent)
         loss = forward_ad.unpack_dual(smooth_l1_loss(dual, *rest, beta=0.5))
-    gradient = grad(lambda x: _reference(x, *rest, beta=0.5))(input.detach())
+    gradient = grad(lambda x: composed(x, *rest, beta=0.5))(input.detach())
     assert loss.tangent is not None
     torch.testing.assert_close(loss.tangent, (gradient * tangent).sum())
-    torch.testing.assert_close(loss.primal, _reference(input, *rest, beta=0.5))
+    torch.testing.assert_close(loss.primal, composed(input, *rest, beta=0.5))
 
 
 def test_forward_over_reverse(backend: str, device: str) -> None:
@@ -194,7 +206,7 @@ def test_forward_over_reverse(backend: str, device: str) -> None:
         return jvp(grad(functools.partial(loss, beta=0.5)), (input, *rest), tangents)
 
     tangents = (vector, *(torch.zeros_like(t) for t in rest))
-    torch.testing.assert_close(product(smooth_l1_loss), product(_reference))
+    torch.testing.assert_close(product(smooth_l1_loss), product(composed))
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
@@ -243,7 +255,8 @@ def test_vmap_rule_of_forward(backend: str, device: str) -> None:
             x, t, a, d = tensors
             divisor = d if reduce else None
             found: tuple[Tensor, ...] = FORWARD(
-                x, t, a, outside, divisor, 1.0, 1.0, 1.0, 1, 0.5, reduce, reduce, reduce
+                *(x, t, a, outside, divisor, None, 1.0, 1.0, 1.0, 1, 0.5),
+                *(reduce, torch.float32, reduce, reduce),
             )
             return found
 
@@ -261,8 +274,8 @@ def test_vmap_rule_of_backward(reduce: bool, backend: str, device: str) -> None:
 
     def one(upstream: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = BACKWARD(
-            *(upstream, x, target, a, outside, None, 1.0, 1.0, 3.0 if reduce else 1.0, 1),
-            *(0.5, reduce, True, False, True, True),
+            *(upstream, x, target, a, outside, None, None, 1.0, 1.0, 3.0 if reduce else 1.0, 1),
+            *(0.5, reduce, torch.float32, True, False, True, True),
         )
         return found
 
@@ -280,7 +293,8 @@ def test_vmap_rule_with_a_mask(backend: str, device: str) -> None:
 
     def one(x: Tensor) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = FORWARD(
-            x, target, mask, None, None, 1.0, 1.0, 1.0, 24, 0.5, True, True, False
+            *(x, target, mask, None, None, None, 1.0, 1.0, 1.0, 24, 0.5),
+            *(True, torch.float32, True, False),
         )
         return found[:2]
 

@@ -8,11 +8,13 @@ between the backends.
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_smoothl1 import smooth_l1_loss
 from tests import oracle
@@ -72,6 +74,26 @@ def test_table(
                 atol=0,
                 equal_nan=True,
             )
+
+
+@pytest.mark.parametrize("option", [{"beta": 1e39}, {"sigma": 10**-19.5}])
+@pytest.mark.parametrize("how", ["plain", "composed"])
+def test_beta_beyond_float32(how: str, option: dict[str, float], backend: str, device: str) -> None:
+    """No float32 is that large, so the loss is quadratic, and linear at inf alone."""
+    input = torch.tensor([1e38, -3e38, 1e30, 0.0, INF], device=device, requires_grad=True)
+    target = torch.zeros_like(input)
+    with forward_ad.dual_level() if how == "composed" else nullcontext():
+        loss = smooth_l1_loss(input, target, reduction="none", **option)
+        (gradient,) = torch.autograd.grad(loss.sum(), input)
+    expected = oracle.smooth_l1(input, target, beta=1e39, reduction="none")
+    # 1 / beta is no normal float32, and has 20 bits.
+    torch.testing.assert_close(
+        loss[:4].cpu().double(), torch.from_numpy(expected.loss)[:4], rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        gradient.cpu().double(), torch.from_numpy(expected.input), rtol=1e-6, atol=0
+    )
+    assert loss[4] == INF
 
 
 VALUES = [NAN, INF, -INF, 0.0, -0.0, TINY, -TINY, 0.5, -0.5, 1.0, -1.0, 2.0, -3.0, HUGE, -HUGE]

@@ -47,6 +47,7 @@ def _problem(
         weights("inside", inside, 3),
         weights("outside", outside, 4),
         divisor if reduce else 1,
+        None,
         0.5,
         reduce,
     )
@@ -211,7 +212,7 @@ def _plain(problem: Problem) -> Tensor:
     reduction = "sum" if problem.reduce else "none"
     normalizer = problem.divisor if problem.reduce else None
     return smooth_l1_loss(
-        *problem[:4], beta=problem.beta, reduction=reduction, normalizer=normalizer
+        *problem[:4], beta=float(problem.beta), reduction=reduction, normalizer=normalizer
     )
 
 
@@ -246,7 +247,7 @@ def test_gradgradcheck(triton_backend: str, device: str) -> None:
         gaussian(*shape, seed=seed, dtype=torch.float64, device=device, requires_grad=True)
         for seed, shape in enumerate([(2, 2), (2, 2), (2, 1), (2,)])
     )
-    rest = (None, 1.0, 1.0, 1.0, 4, 0.5, True, False, False)
+    rest = (None, None, 1.0, 1.0, 1.0, 4, 0.5, True, torch.float64, False, False)
 
     def loss(input: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
         result: Tensor = FORWARD(input, target.detach(), inside, outside, *rest)[0]
@@ -261,7 +262,7 @@ def test_shares_no_workspace(device: str, triton_backend: str) -> None:
     from fused_smoothl1 import launch
 
     input, target = (gaussian(20_011, seed=seed, device=device) for seed in (1, 2))
-    problem = make_problem(input, target, 1.0, 1.0, 20_011, 0.5, True)
+    problem = make_problem(input, target, 1.0, 1.0, 20_011, None, 0.5, True)
     launch._workspaces.clear()
     found = FORWARD(*ops._flatten(problem), True, False)
     assert not launch._workspaces

@@ -1,0 +1,47 @@
+"""The loss as somebody without this library writes it: around PyTorch's own, with masks by where.
+
+Whatever context of PyTorch this works in, the library must work in, with the same result.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name PyTorch users know it by)
+from torch import Tensor
+
+MASKS = (torch.bool, torch.uint8)
+
+
+def composed(
+    input: Tensor,
+    target: Tensor,
+    inside: Any = None,
+    outside: Any = None,
+    *,
+    sigma: float | None = None,
+    beta: float | None = None,
+    reduction: str = "mean",
+    normalizer: Any = None,
+) -> Tensor:
+    """Return what `smooth_l1_loss` must return."""
+
+    def weighted(values: Tensor, weights: Any) -> Tensor:
+        if isinstance(weights, Tensor) and weights.dtype in MASKS:
+            return torch.where(weights != 0, values, 0)
+        return values if weights is None else values * weights
+
+    if sigma is not None:
+        beta = 1 / sigma / sigma
+    x = weighted(input - target, inside)
+    if isinstance(outside, Tensor) and outside.dtype in MASKS:
+        x = weighted(x, outside)
+    loss = F.smooth_l1_loss(
+        x, torch.zeros_like(x), reduction="none", beta=1.0 if beta is None else beta
+    )
+    loss = weighted(loss, outside)
+    if reduction == "none":
+        return loss
+    if reduction == "mean":
+        return loss.mean()
+    divisor = input.shape[0] if reduction == "batchmean" else normalizer
+    return loss.sum() if divisor is None else loss.sum() / divisor
