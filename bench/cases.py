@@ -141,7 +141,9 @@ def _gpu_specs() -> list[Spec]:
         Spec("dense", HEAD, graph=True),
     ]
     # Without the host's time, what is left is the kernels'.
-    first += [Spec("row_mask", largest, graph=True), Spec("drafter", largest, brain, graph=True)]
+    first += [Spec(case, largest, graph=True) for case in ("dense", "row_mask")]
+    first += [Spec("drafter", largest, brain, graph=True)]
+    first += [Spec("no_weights", n, graph=True) for n in (HEAD, RPN, 2**22)]
     first += [Spec(case, n, graph=True) for n in (2**24, 2**22) for case in ("dense", "row_mask")]
     plain = ("no_weights", "none", "broadcast")
     rest = [Spec(case, largest) for case in plain]
@@ -149,7 +151,6 @@ def _gpu_specs() -> list[Spec]:
     rest += [Spec("dense", n) for n in (RPN, 2**20, 2**22, 2**24)]
     rest += [Spec(case, n) for n in (HEAD, RPN, 2**22, 2**24) for case in ("row_mask", *plain)]
     rest += [Spec("dense", n, dtype) for dtype in (brain, half) for n in (RPN, 2**24)]
-    rest += [Spec("no_weights", n, graph=True) for n in (HEAD, RPN, 2**22)]
     return first + rest
 
 

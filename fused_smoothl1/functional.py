@@ -56,7 +56,8 @@ def smooth_l1_loss(
 
     On a GPU one Triton kernel computes the loss and the gradient together, in the forward pass;
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
-    PyTorch gives the same result.
+    PyTorch gives the same result. No number is part of a compiled kernel: a new value costs
+    nothing, but for one more graph that ``torch.compile`` makes when it sees a second value.
 
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
@@ -70,8 +71,7 @@ def smooth_l1_loss(
             if every mask given selects it.
         sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
         beta: in [0, inf): where the quadratic part ends, in the unit of the weighted difference.
-            0 is L1, with gradient 0 at 0. With neither ``sigma`` nor ``beta``, 1. Neither is part
-            of a compiled kernel: a new value costs nothing.
+            0 is L1, with gradient 0 at 0. With neither ``sigma`` nor ``beta``, 1.
         reduction: ``"none"``: the loss of every element. ``"sum"``. ``"mean"``: the sum divided by
             the number of elements, selected or not. ``"batchmean"``: the sum divided by
             ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in PyTorch).

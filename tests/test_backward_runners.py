@@ -104,12 +104,6 @@ def _compiled_autograd(loss: Loss, x: Tensor, upstream: Tensor) -> Results:
     return [*results, gradient()]
 
 
-def _under_compile(loss: Loss, x: Tensor, upstream: Tensor) -> Results:
-    """Forward compiled, backward twice."""
-    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
-    return [torch.autograd.grad(value, x, upstream, retain_graph=True)[0] for _ in range(2)]
-
-
 def _checkpoint(loss: Loss, x: Tensor, upstream: Tensor) -> Results:
     value: Any = checkpoint(loss, x, use_reentrant=False)
     return list(torch.autograd.grad(value, x, upstream))
@@ -132,7 +126,6 @@ RUNNERS = (
     _jvp_of_grad,
     _make_fx,
     _compiled_autograd,
-    _under_compile,
     _checkpoint,
     _saved_tensors_hooks,
 )

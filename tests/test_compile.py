@@ -252,6 +252,20 @@ def test_channels_last(backend: str, device: str, monkeypatch: pytest.MonkeyPatc
     check(input.requires_grad_(), target, coin(2, 1, 3, 5, seed=3, device=device))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_backward_twice(reduction: str, backend: str, device: str) -> None:
+    """What the first pass handed out is not written to by the second."""
+    operands, options = make("row_weights", device=device)
+    loss = _compiled()(*operands, **options, reduction=reduction)
+    expected = smooth_l1_loss(*operands, **options, reduction=reduction)
+    above = torch.full_like(loss, 1.5)
+    first, second = (
+        torch.autograd.grad(loss, trained(operands), above, retain_graph=True) for _ in range(2)
+    )
+    torch.testing.assert_close(list(first), _gradients(expected, operands))
+    torch.testing.assert_close(first, second)
+
+
 def test_empty(backend: str, device: str) -> None:
     input = torch.zeros(0, 4, device=device, requires_grad=True)
     loss = _compiled()(input, torch.zeros(0, 4, device=device))
