@@ -62,13 +62,12 @@ class SmoothL1(torch.autograd.Function):
         """Return the gradients of the four operands."""
         (upstream,) = upstreams
         is_plain = is_plain_backward(upstream)
-        gradients: Gradients | None = None
-        if is_plain:
-            # What the forward pass computed is overwritten and handed out, so it serves once.
-            gradients, ctx.gradients = ctx.gradients, None
+        # What the forward pass computed is overwritten and handed out, so it serves once.
+        gradients: Gradients | None = ctx.gradients
+        ctx.gradients = None
         backend: Backend = ctx.backend
         *_, has_masks = ctx.options
-        if gradients is not None and not has_masks:
+        if is_plain and gradients is not None and not has_masks:
             return *backend.rescale(gradients, upstream), None, None
 
         # Raises if an operand was modified in place since, or if the graph was freed.

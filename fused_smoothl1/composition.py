@@ -41,12 +41,12 @@ def composition(problem: Problem) -> Tensor:
     if outside is not None:
         loss = loss * outside
     if problem.reduce:
-        loss, divisor = loss.sum(), problem.divisor
+        divisor: Any = problem.divisor
+        if isinstance(divisor, Tensor | float):
+            divisor = _as_tensor(divisor, x)
         # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
-        if may_hold(problem.input.numel() != 0):
-            loss = loss / (
-                _as_tensor(divisor, x) if isinstance(divisor, Tensor | float) else divisor
-            )
+        may_be_empty = may_hold(problem.input.numel() == 0)
+        loss = (loss / divisor).sum() if may_be_empty else loss.sum() / divisor
     return loss.to(problem.loss_dtype)
 
 
@@ -75,10 +75,14 @@ def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) ->
 def _smooth_l1(x: Tensor, problem: Problem) -> Tensor:
     beta, inverse_beta = transition(problem)
     if not isinstance(inverse_beta, Tensor) and inverse_beta == math.inf:
-        inverse_beta = 1.0  # Only NaN is left to multiply, which inf would make of 0 as well.
+        # Only NaN is quadratic then. A product of inf with the zeros in place of the others would
+        # be NaN: it is not selected, but anomaly detection would find it.
+        inverse_beta = 1.0
     beta, inverse_beta = _as_tensor(beta, x), _as_tensor(inverse_beta, x)
-    size = x.sign() * x  # (The second derivative of abs is a tensor without memory.)
-    is_linear = size >= beta  # NaN is not, of which this has the derivative 0.
+    # (As abs, whose second derivative is a tensor without memory. Detached, for inf times the
+    # tangent 0 of a sign is NaN.)
+    size = x.detach().sign() * x
+    is_linear = size >= beta  # NaN counts as quadratic: the sign would make its derivative 0.
     # What is linear must not reach the other derivative: 0 times inf is NaN. Nor is the loss a
     # product of two of its parts, because inf - inf is NaN where an upstream gradient is inf.
     rest = torch.where(is_linear, 0, x)
@@ -86,8 +90,8 @@ def _smooth_l1(x: Tensor, problem: Problem) -> Tensor:
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
-    """Return the value in this dtype.
+    """Return the value as a tensor of the same dtype.
 
-    As a number it would make a float64 tangent of that of a tensor without dimensions.
+    A product of a number and a tensor without dimensions would have a tangent of float64.
     """
     return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)

@@ -19,7 +19,7 @@ FULL_RANGE = {
     torch.float32: (torch.float32, torch.bfloat16),
     torch.float64: (torch.float64,),
 }
-# What a tracer that is not torch.compile's puts in the place of numbers.
+# What tracers put in the place of numbers. (torch.compile shows numbers where it has symbols.)
 SYMBOLS = (torch.SymFloat, torch.SymInt)
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
@@ -60,10 +60,11 @@ def make_problem(
     reduce: bool,
     plain: bool = True,
 ) -> Problem:
-    """Return the problem with its dtypes, which the operands decide; either has sigma or beta.
+    """Return the problem with its dtypes, which the operands decide.
 
-    Unless the call is plain, a tracer may have put symbols in the place of numbers. These become
-    tensors: a number that is an operator's argument is compiled anew for every value.
+    One of sigma and beta is given. Unless the call is plain, a tracer may have put symbols in the
+    place of numbers. These become tensors: an operator with a number as its argument is compiled
+    anew for every value.
     """
     # As torch.promote_types, which would leave an operation of its own in a traced graph.
     promoted, has_masks = input.dtype, False
@@ -78,11 +79,16 @@ def make_problem(
     numbers: tuple[Any, ...] = (inside, outside, divisor, beta)
     one: Any = 1.0
     if not plain:
-        one = input.new_ones((), dtype=compute_dtype)
-        numbers = tuple(
-            one * v if isinstance(v, float) and not is_static(v) else v for v in numbers
-        )
-        one = 1.0 if sigma is None or is_static(sigma) else one
+        symbols = [
+            isinstance(v, (float, torch.SymFloat)) and not is_static(v) for v in (*numbers, sigma)
+        ]
+        if any(symbols):
+            # (Made by new_ones, under torch.vmap the product would be compiled for every value.)
+            ones = torch.ones((), dtype=compute_dtype, device=input.device)
+            numbers = tuple(
+                ones * v if is_symbol else v for v, is_symbol in zip(numbers, symbols, strict=False)
+            )
+            one = ones if symbols[-1] else one
     inside, outside, divisor, chosen_beta = numbers
     if sigma is not None:
         chosen_beta = one / sigma / sigma
@@ -162,7 +168,7 @@ def transition(problem: Problem) -> tuple[Tensor | float, Tensor | float]:
     return (min(beta, largest), 1.0 / beta) if beta * largest >= 1.0 else (0.0, math.inf)
 
 
-def is_static(number: float) -> bool:
+def is_static(number: float | torch.SymFloat | torch.SymInt) -> bool:
     """Whether this is a number, not what a tracer has put in its place to serve all numbers."""
     if not is_dynamo_compiling() and not isinstance(number, SYMBOLS):
         return True

@@ -65,12 +65,12 @@ def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
     What is between must see operations that it knows, not a kernel launch or a write into memory.
     """
     return (
-        # torch.compile and torch.export read this very line.
+        # torch.compile and torch.export, which trace this very call.
         not is_dynamo_compiling()
         and not is_transformed()
         # make_fx, FakeTensorMode, and others that see every operation.
         and _len_torch_dispatch_stack() == 0
-        # DTensor, FakeTensor and other subclasses, and a compiler's symbols in place of numbers.
+        # DTensor, FakeTensor and other subclasses; symbols in the place of weights and divisors.
         and PLAIN_TYPES.issuperset(map(type, operands))
     )
 
@@ -88,7 +88,7 @@ def is_plain_backward(upstream: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether what transforms or records operations one by one is at work, and nothing else may."""
+    """Whether something is at work that has to see the operations of which the loss is composed."""
     return (
         # torch.func: vmap, grad, jvp and all that is made of them. Their tensors look plain.
         _are_functorch_transforms_active()

@@ -182,7 +182,7 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
         if isinstance(weights, bool):
             # A mask as well, of all elements or of none.
             return torch.full((), weights, device=input.device)
-        if isinstance(weights, Real):
+        if isinstance(weights, (Real, *SYMBOLS)):
             return _number(name, weights)
         raise TypeError(
             f"{name} must be a real number or a torch.Tensor, got {_kind(weights)}"
@@ -202,20 +202,25 @@ def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
     if not is_dynamo_compiling():
         return tensor.shape == shape
     # One by one, because a comparison of all would ask for what only the data decide.
-    return tensor.dim() == len(shape) and all(
-        may_hold(own == wanted) for own, wanted in zip(tensor.shape, shape, strict=True)
-    )
+    return tensor.dim() == len(shape) and all(map(_equal, tensor.shape, shape))
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
     if len(shape) > len(to):
         return False
-    holds = may_hold if is_dynamo_compiling() else bool
     for i in range(-len(shape), 0):
-        if not holds(shape[i] == to[i]) and not holds(shape[i] == 1):
+        if may_hold(shape[i] != 1) and not _equal(shape[i], to[i]):
             return False
     return True
+
+
+def _equal(size: int, other: int) -> bool:
+    """Whether two sizes are equal; what only the data decide is checked when they are there."""
+    equal = may_hold(size == other)
+    if equal and is_dynamo_compiling():
+        torch._check(size == other)
+    return equal
 
 
 def _checked_transition(
@@ -283,8 +288,9 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
                 f"normalizer must be a finite number above 0, got {normalizer}: "
                 "max(n, 1) serves for a count that may be 0"
             )
-        # (An integer may be an operator's argument whatever its value is.)
-        return chosen if is_static(normalizer) else normalizer
+        # An integer that is a symbol stays one: the operators take it as it is.
+        is_symbol = isinstance(normalizer, (int, torch.SymInt)) and not is_static(normalizer)
+        return normalizer if is_symbol else chosen
     if normalizer.dim() != 0:
         raise ValueError(
             "normalizer must be a number or a tensor without dimensions, "

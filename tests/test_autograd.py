@@ -172,6 +172,11 @@ def test_freed_graph_raises(backend: str, device: str) -> None:
     loss.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
+    input, target = _operands(device)[:2]
+    loss = smooth_l1_loss(input, target)
+    torch.autograd.grad(loss, input, torch.ones(2, device=device), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, input)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

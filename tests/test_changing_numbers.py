@@ -7,6 +7,7 @@ where it goes wrong, or compiles anew for every value until it gives up.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -141,10 +142,43 @@ def test_inductor(
     _assert_right(call, VALUES[:5], reduction, weights, "inductor", device)
 
 
-@pytest.mark.parametrize("call", [_inside, _outside])
-def test_a_number_decides_no_dtype(call: Call, backend: str, device: str) -> None:
-    """A tensor in its place must not promote 16 bits."""
-    _assert_right(call, VALUES, "none", None, "aot_eager", device, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("call", [_inside, _outside, _sigma])
+def test_a_number_decides_no_dtype(
+    call: Call, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """A tensor in its place must neither promote 16 bits nor have fewer than the arithmetic."""
+    _assert_right(call, VALUES, "none", None, "aot_eager", device, dtype)
+
+
+def test_under_vmap(backend: str, device: str) -> None:
+    x, target = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
+
+    def step(number: float) -> Tensor:
+        def sample(x: Tensor, t: Tensor) -> Tensor:
+            options: dict[str, Any] = {"reduction": "sum", "normalizer": number + 1}
+            return smooth_l1_loss(x, t, number, number, sigma=number + 2, **options)
+
+        result: Tensor = torch.vmap(sample)(x, target)
+        return result
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for value in VALUES:
+        torch.testing.assert_close(compiled(value), step(value))
+    assert counter.frame_count <= MOST_COMPILATIONS
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_numbers_of_numpy(kind: Any, backend: str, device: str) -> None:
+    x, target = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
+    compiled = torch.compile(
+        lambda n: smooth_l1_loss(x, target, reduction="sum", normalizer=n), backend="aot_eager"
+    )
+    for value in (3, 5, 7):
+        torch.testing.assert_close(
+            compiled(kind(value)), composed(x, target, reduction="sum", normalizer=value)
+        )
 
 
 def test_attribute_of_a_module(backend: str, device: str) -> None:

@@ -96,6 +96,27 @@ def test_beta_beyond_float32(how: str, option: dict[str, float], backend: str, d
     assert loss[4] == INF
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_tangents(beta: float, backend: str, device: str) -> None:
+    """In forward mode the slope is the same, also where the loss is infinite."""
+    x = torch.tensor([INF, -INF, 3.0, -3.0, 0.0, NAN], device=device)
+    target, tangent = torch.zeros_like(x), torch.ones_like(x)
+    found: Any = torch.func.jvp(
+        lambda x: smooth_l1_loss(x, target, beta=beta, reduction="none"), (x,), (tangent,)
+    )
+    assert_same("tangent", found[1], torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, NAN]).to(device))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_anomaly_detection_finds_none(beta: float, backend: str, device: str) -> None:
+    """Also in what a derivative computes and then leaves out."""
+    x = torch.tensor([INF, 3.0, -3.0, 0.0], device=device, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss = smooth_l1_loss(x, torch.zeros_like(x), beta=beta, reduction="none").sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert gradient.isfinite().all()
+
+
 VALUES = [NAN, INF, -INF, 0.0, -0.0, TINY, -TINY, 0.5, -0.5, 1.0, -1.0, 2.0, -3.0, HUGE, -HUGE]
 WEIGHTS = [None, NAN, INF, -INF, 0.0, -0.0, TINY, 0.5, 1.0, -2.0, HUGE]
 MASKS = [True, False]

@@ -195,12 +195,29 @@ def test_a_transition_point_that_depends_on_data(option: str, backend: str, devi
 
 
 @pytest.mark.usefixtures("_captures_data")
+@pytest.mark.parametrize("wrong", ["target", "weights"])
+def test_sizes_that_turn_out_to_differ(wrong: str, backend: str, device: str) -> None:
+    """Which nobody knows before the data are there: an error then, not a read past the end."""
+
+    def step(x: Tensor, t: Tensor, m: Tensor, other: Tensor) -> Tensor:
+        target = t[other if wrong == "target" else m]
+        return smooth_l1_loss(x[m], target, t[other, :1], reduction="sum")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x, t, *_ = _operands(6, device)
+    row = torch.arange(6, device=device)
+    _assert_same(compiled, step, (x, t, row < 4, row > 1))
+    with pytest.raises(RuntimeError, match=r"assertion|Eq"):
+        compiled(x, t, row < 4, row < 2)
+
+
+@pytest.mark.usefixtures("_captures_data")
 def test_an_empty_selection_is_0(backend: str, device: str) -> None:
     """Compiled for any number of rows; none are selected at the second call."""
 
     def step(x: Tensor, t: Tensor, m: Tensor) -> Tensor:
-        index = m.nonzero().squeeze(1)
-        return smooth_l1_loss(x[index], t[index])
+        x, t, count = x[m], t[m], m.sum()
+        return smooth_l1_loss(x, t) + smooth_l1_loss(x, t, reduction="sum", normalizer=count)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     x, t, *_ = _operands(6, device)
