@@ -15,7 +15,7 @@ from fused_smoothl1.contract import (
     Problem,
     gradient_in_forward,
 )
-from fused_smoothl1.dispatch import is_plain_backward
+from fused_smoothl1.dispatch import is_plain_backward, untraced
 
 
 class SmoothL1(torch.autograd.Function):
@@ -26,6 +26,7 @@ class SmoothL1(torch.autograd.Function):
     """
 
     @staticmethod
+    @untraced
     def forward(
         ctx: Any,
         input: Tensor,
@@ -39,7 +40,8 @@ class SmoothL1(torch.autograd.Function):
         needs: Needs = ctx.needs_input_grad[:4]
         now = gradient_in_forward(problem, needs)
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
-        ctx.gradients = gradients if now else None
+        # In a list, because compiled autograd hands `backward` a context of its own each time.
+        ctx.gradients = [gradients] if now else []
         ctx.backend = backend
         divisor = problem.divisor
         ctx.save_for_backward(
@@ -58,13 +60,13 @@ class SmoothL1(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the four operands."""
         (upstream,) = upstreams
         is_plain = is_plain_backward(upstream)
         # What the forward pass computed is overwritten and handed out, so it serves once.
-        gradients: Gradients | None = ctx.gradients
-        ctx.gradients = None
+        gradients: Gradients | None = ctx.gradients.pop() if ctx.gradients else None
         backend: Backend = ctx.backend
         *_, has_masks = ctx.options
         if is_plain and gradients is not None and not has_masks:

@@ -7,43 +7,48 @@ divides, which overflows.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_smoothl1.contract import Gradients, Needs, Problem, is_mask, may_hold, transition
+from fused_smoothl1.contract import (
+    Gradients,
+    Needs,
+    Problem,
+    is_mask,
+    may_hold,
+    sum_to_weights,
+    transition,
+)
+
+
+class _Elements(NamedTuple):
+    """What the loss and its gradients are made of, for each element and in the compute dtype."""
+
+    difference: Tensor
+    """Of input and target, 0 where not selected."""
+    selected: Tensor | None
+    """What the masks select, if there are any."""
+    inside: Tensor | None
+    """Factors, if there are any, 0 where not selected."""
+    outside: Tensor | None
+    """Likewise."""
+    loss: Tensor
+    """Without the outside weights."""
+    slopes: tuple[Tensor, Tensor, Tensor]
+    """Where the loss is linear, and its derivative there and elsewhere, by the weighted difference.
+
+    One tensor of them would be computed in vain where no gradient is asked for.
+    """
 
 
 def composition(problem: Problem) -> Tensor:
     """Return the loss, connected to the graph of its operands."""
-    dtype = problem.compute_dtype
-    x = problem.input.to(dtype) - problem.target.to(dtype)
-    selected: Tensor | None = None
-    factors: list[Tensor | None] = []
-    for weights in (problem.inside, problem.outside):
-        if is_mask(weights):
-            chosen = weights != 0
-            selected = chosen if selected is None else selected & chosen
-            factors.append(None)
-        elif isinstance(weights, Tensor) or weights != 1:
-            factors.append(_as_tensor(weights, x))
-        else:
-            factors.append(None)
-    if selected is not None:
-        # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
-        # (masked_fill would take the memory format of the mask.)
-        x = torch.where(selected, x, 0)
-        factors = [None if f is None else torch.where(selected, f, 0) for f in factors]
-    inside, outside = factors
-    # What comes first in a product decides the memory format.
-    loss = _smooth_l1(x if inside is None else x * inside, problem)
-    if outside is not None:
-        loss = loss * outside
+    parts = _elements(problem)
+    loss = parts.loss if parts.outside is None else parts.loss * parts.outside
     if problem.reduce:
-        divisor: Any = problem.divisor
-        if isinstance(divisor, Tensor | float):
-            divisor = _as_tensor(divisor, x)
+        divisor = _divisor(problem, loss)
         # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
         may_be_empty = may_hold(problem.input.numel() == 0)
         loss = (loss / divisor).sum() if may_be_empty else loss.sum() / divisor
@@ -52,41 +57,80 @@ def composition(problem: Problem) -> Tensor:
 
 def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients connected to the graph of the operands and of `upstream`."""
-
-    def loss_of(*wanted: Tensor) -> Tensor:
-        values = iter(wanted)
-        operands: list[Any] = [
-            next(values) if needed else operand
-            for operand, needed in zip(problem[:4], needs, strict=True)
-        ]
-        return composition(Problem._make([*operands, *problem[4:]]))
-
-    wanted = [v for v, needed in zip(problem[:4], needs, strict=True) if needed]
-    if not wanted:
+    if not any(needs):
         return None, None, None, None
-    pullback = torch.func.vjp(loss_of, *wanted)[1]
-    found = iter(pullback(upstream))
-    grad_input, grad_target, grad_inside, grad_outside = (
-        next(found) if needed else None for needed in needs
+    needs_input, needs_target, needs_inside, needs_outside = needs
+    parts = _elements(problem)
+
+    def selected(gradient: Tensor) -> Tensor:
+        return gradient if parts.selected is None else torch.where(parts.selected, gradient, 0)
+
+    above = upstream / _divisor(problem, upstream) if problem.reduce else upstream
+    grad_outside = selected(parts.loss * above) if needs_outside else None
+    slope = torch.where(*parts.slopes)
+    grad_x = slope * (above if parts.outside is None else parts.outside * above)
+    grad_inside = selected(parts.difference * grad_x) if needs_inside else None
+    gradient = selected(grad_x if parts.inside is None else grad_x * parts.inside)
+    return sum_to_weights(
+        problem,
+        (
+            gradient.to(problem.input.dtype) if needs_input else None,
+            -gradient.to(problem.target.dtype) if needs_target else None,
+            grad_inside,
+            grad_outside,
+        ),
     )
-    return grad_input, grad_target, grad_inside, grad_outside
 
 
-def _smooth_l1(x: Tensor, problem: Problem) -> Tensor:
+def _elements(problem: Problem) -> _Elements:
+    dtype = problem.compute_dtype
+    difference = problem.input.to(dtype) - problem.target.to(dtype)
+    selected: Tensor | None = None
+    factors: list[Tensor | None] = []
+    for weights in (problem.inside, problem.outside):
+        if is_mask(weights):
+            chosen = weights != 0
+            selected = chosen if selected is None else selected & chosen
+            factors.append(None)
+        elif isinstance(weights, Tensor) or weights != 1:
+            factors.append(_as_tensor(weights, difference))
+        else:
+            factors.append(None)
+    if selected is not None:
+        # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
+        # (masked_fill would make it contiguous.)
+        difference = torch.where(selected, difference, 0)
+        factors = [None if f is None else torch.where(selected, f, 0) for f in factors]
+    inside, outside = factors
+    # What comes first in a product decides the memory format.
+    x = difference if inside is None else difference * inside
+    return _Elements(difference, selected, inside, outside, *_smooth_l1(x, problem))
+
+
+def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return the loss of weighted differences, and what its derivative is made of."""
     beta, inverse_beta = transition(problem)
     if not isinstance(inverse_beta, Tensor) and inverse_beta == math.inf:
         # Only NaN is quadratic then. A product of inf with the zeros in place of the others would
         # be NaN: it is not selected, but anomaly detection would find it.
         inverse_beta = 1.0
     beta, inverse_beta = _as_tensor(beta, x), _as_tensor(inverse_beta, x)
-    # (As abs, whose second derivative is a tensor without memory. Detached, for inf times the
+    # (Not abs, whose second derivative is a tensor without memory. Detached, for inf times the
     # tangent 0 of a sign is NaN.)
-    size = x.detach().sign() * x
+    sign = x.detach().sign()
+    size = sign * x
     is_linear = size >= beta  # NaN counts as quadratic: the sign would make its derivative 0.
     # What is linear must not reach the other derivative: 0 times inf is NaN. Nor is the loss a
     # product of two of its parts, because inf - inf is NaN where an upstream gradient is inf.
     rest = torch.where(is_linear, 0, x)
-    return torch.where(is_linear, size - beta / 2, rest * (rest * inverse_beta) / 2)
+    slope = rest * inverse_beta
+    return torch.where(is_linear, size - beta / 2, rest * slope / 2), (is_linear, sign, slope)
+
+
+def _divisor(problem: Problem, like: Tensor) -> Any:
+    divisor = problem.divisor
+    # A number of elements may be a symbol, and stays one.
+    return _as_tensor(divisor, like) if isinstance(divisor, Tensor | float) else divisor
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:

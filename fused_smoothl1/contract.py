@@ -92,6 +92,8 @@ def make_problem(
     inside, outside, divisor, chosen_beta = numbers
     if sigma is not None:
         chosen_beta = one / sigma / sigma
+    if isinstance(chosen_beta, Tensor):
+        chosen_beta = chosen_beta.clamp(max=LARGEST[compute_dtype])  # Finite, as in `transition`.
     return Problem(
         input,
         target,

@@ -3,15 +3,21 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import (
+    DispatchKey,
     _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_dispatch_mode,
     _get_tracing_state,
     _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
 )
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
@@ -26,8 +32,27 @@ TRITON_DEVICES = ("cuda", "xpu")
 # The oldest NVIDIA architecture that Triton supports.
 MINIMUM_CAPABILITY = (7, 5)
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, int))
+PRE_DISPATCH = DispatchKey.PreDispatch
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
+def untraced(function: Function) -> Function:
+    """Keep torch.compile out of a function, and of all that it calls, where the function is run.
+
+    Where torch.compile has given up on a function, it goes on to look into each call that runs in
+    it. (To disable it in the documented way would import all of it, and Triton with it.)
+    """
+    hooks = torch._C._dynamo.eval_frame
+    skip = hooks._FrameAction.SKIP
+    hooks.set_code_exec_strategy(function.__code__, hooks._FrameExecStrategy(skip, skip))
+    return function
+
+
+untraced(eager.forward)
+
+
+@untraced
 def backend_for(input: Tensor) -> Backend:
     """Return the backend that computes the loss of this input."""
     backend = backend_on(input.device)
@@ -59,7 +84,8 @@ def backend_on(device: torch.device) -> Backend:
     return eager
 
 
-def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
+@untraced
+def is_plain(operands: tuple[Any, ...]) -> bool:
     """Whether PyTorch executes this call as it stands, with nothing between it and the tensors.
 
     What is between must see operations that it knows, not a kernel launch or a write into memory.
@@ -68,8 +94,12 @@ def is_plain(operands: tuple[Tensor | float, ...]) -> bool:
         # torch.compile and torch.export, which trace this very call.
         not is_dynamo_compiling()
         and not is_transformed()
-        # make_fx, FakeTensorMode, and others that see every operation.
+        # make_fx, FakeTensorMode, and others that see every operation; those that see it before
+        # autograd does have a stack of their own.
         and _len_torch_dispatch_stack() == 0
+        and not _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
+        # Tensors without data, of which only the operators' results are known.
+        and not operands[0].is_meta
         # DTensor, FakeTensor and other subclasses; symbols in the place of weights and divisors.
         and PLAIN_TYPES.issuperset(map(type, operands))
     )
@@ -97,6 +127,13 @@ def is_transformed() -> bool:
         # torch.jit.trace would take what a kernel writes for a constant.
         or _get_tracing_state() is not None
     )
+
+
+def is_recorded() -> bool:
+    """Whether make_fx records what runs here, for itself rather than for torch.compile."""
+    is_traced = _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
+    is_compiled = _get_dispatch_mode(_TorchDispatchModeKey.FUNCTIONAL) is not None
+    return (is_traced and not is_compiled) or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
 
 
 def is_eager(device: torch.device) -> bool:
@@ -130,6 +167,7 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
             f"no kernel can be compiled for a tensor on {device}: set TRITON_INTERPRET=1 before "
             "Triton is first imported to run the kernel in Triton's interpreter"
         )
+    untraced(launch.forward)
     return launch, ""
 
 

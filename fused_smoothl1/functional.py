@@ -273,9 +273,9 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
     _check_reduction(reduction)
     if normalizer is None:
         if reduction == "mean":
-            return max(input.numel(), 1)
+            return _at_least_one(math.prod(input.shape))
         if reduction == "batchmean" and input.dim() > 0:
-            return max(input.shape[0], 1)
+            return _at_least_one(input.shape[0])
         return 1.0
     if reduction != "sum":
         raise ValueError(
@@ -302,3 +302,8 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
             "normalizer gets no gradient, got one that requires grad: pass normalizer.detach()"
         )
     return normalizer
+
+
+def _at_least_one(count: Any) -> Tensor | int:
+    # torch.jit.trace has tensors for sizes, and would record the 1 for all of them.
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

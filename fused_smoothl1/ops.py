@@ -7,6 +7,7 @@ a tensor of no elements, because it has no optional results.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +25,7 @@ from fused_smoothl1.contract import (
     is_mask,
     sum_to_weights,
 )
-from fused_smoothl1.dispatch import backend_for, is_eager, is_transformed
+from fused_smoothl1.dispatch import backend_for, is_eager, is_recorded, is_transformed
 
 
 def smooth_l1(problem: Problem) -> Tensor:
@@ -36,9 +37,7 @@ def smooth_l1(problem: Problem) -> Tensor:
     _register_sharding()
     needs = _needs(problem) if torch.is_grad_enabled() else NOTHING
     now = gradient_in_forward(problem, needs)
-    results: tuple[Tensor, Tensor, Tensor] = forward(
-        *_flatten(problem), now and needs[0], now and needs[1]
-    )
+    results: Results = FORWARD(*_flatten(problem), now and needs[0], now and needs[1])
     return results[0]
 
 
@@ -52,114 +51,171 @@ PROBLEM = (
 )
 TENSORS = 6
 
+Results = tuple[Tensor, ...]
+# How an operator computes: what it is given is a problem, the upstream gradient (of the second
+# operator alone), and the needed gradients; what it gives is the loss (of the first) and these.
+Way = Callable[[Problem, Tensor | None, Needs], tuple[Tensor | None, Gradients]]
 
-@torch.library.custom_op(
-    "fused_smoothl1::forward",
-    mutates_args=(),
-    schema=f"({PROBLEM}, bool needs_input, bool needs_target) -> (Tensor, Tensor, Tensor)",
+# The operators outlive this module if it is imported anew, and would be defined twice then.
+_namespace: Any = torch.ops.fused_smoothl1
+if hasattr(_namespace, "_library"):
+    _namespace._library._destroy()
+_library = _namespace._library = torch.library.Library("fused_smoothl1", "DEF")
+_library.define(
+    f"forward({PROBLEM}, bool needs_input, bool needs_target) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss and, where needed, the gradients for an upstream gradient of 1."""
-    *given, needs_input, needs_target = arguments
-    problem, needs = _unflatten(*given), (needs_input, needs_target, False, False)
-    loss, gradients = backend_for(problem.input).forward(problem, needs, is_recorded=True)
-    grad_input, grad_target, _, _ = _present(problem.input, gradients)
-    return loss, grad_input, grad_target
-
-
-@torch.library.custom_op(
-    "fused_smoothl1::backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor upstream, {PROBLEM}, bool needs_input, bool needs_target, bool needs_inside, "
-        "bool needs_outside) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
+_library.define(
+    f"backward(Tensor upstream, {PROBLEM}, bool needs_input, bool needs_target, "
+    "bool needs_inside, bool needs_outside) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
-def backward(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the needed gradients for any upstream gradient."""
-    problem, needs = _unflatten(*arguments[:-4]), arguments[-4:]
+FORWARD = _namespace.forward.default
+BACKWARD = _namespace.backward.default
+
+
+def _real(
+    problem: Problem, upstream: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Gradients]:
+    """By the backend."""
     backend = backend_for(problem.input)
-    return _present(problem.input, backend.backward(problem, upstream, needs))
+    if upstream is None:
+        return backend.forward(problem, needs, is_recorded=True)
+    return None, backend.backward(problem, upstream, needs)
 
 
-@forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *given, needs_input, needs_target = arguments
-    problem = _unflatten(*given)
-    input = problem.input
+def _fake(
+    problem: Problem, upstream: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Gradients]:
+    """By what is known of the results before there are any: shape, strides and dtype."""
+    input, gradients = problem.input, full_size_gradients(problem, needs)
+    if upstream is not None:
+        return None, sum_to_weights(problem, gradients)
     if problem.reduce:
-        loss = input.new_empty((), dtype=problem.loss_dtype)
-    else:
-        loss = torch.empty_like(input, dtype=problem.loss_dtype)
-    gradients = full_size_gradients(problem, (needs_input, needs_target, False, False))
-    return loss, *_present(input, gradients)[:2]
+        return input.new_empty((), dtype=problem.loss_dtype), gradients
+    return torch.empty_like(input, dtype=problem.loss_dtype), gradients
 
 
-@backward.register_fake
-def _(upstream: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _unflatten(*arguments[:-4])
-    gradients = sum_to_weights(problem, full_size_gradients(problem, arguments[-4:]))
-    return _present(problem.input, gradients)
+def _composed(
+    problem: Problem, upstream: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Gradients]:
+    """By operations that PyTorch's transformations can look through."""
+    if upstream is not None:
+        return None, differentiable_backward(problem, upstream, needs)
+    loss = composition(problem)
+    return loss, differentiable_backward(problem, torch.ones_like(loss), needs)
 
 
-def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:TENSORS], *output[1:])
-    ctx.numbers = inputs[TENSORS:]
+def _forward(way: Way) -> Callable[..., Results]:
+    def operator(*arguments: Any) -> Results:
+        *given, needs_input, needs_target = arguments
+        problem = _unflatten(*given)
+        loss, gradients = way(problem, None, (needs_input, needs_target, False, False))
+        return _present(problem.input, (loss, *gradients[:2]))
+
+    return operator
 
 
-def _backward_of_forward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *tensors, grad_input, grad_target = ctx.saved_tensors
-    *numbers, has_input, has_target = ctx.numbers
-    needs: Needs = ctx.needs_input_grad[:4]
-    # A saved gradient is not differentiable; and its product with an upstream gradient that is not
-    # finite would make NaN of what masks exclude.
-    is_saved = needs == (has_input, has_target, False, False)
-    if is_saved and not torch.is_grad_enabled() and not _unflatten(*tensors, *numbers).has_masks:
-        # In the wider dtype: a product of 16 bits with float32 may round the latter first.
-        scaled = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in (grad_input, grad_target))
-        gradients = (*scaled, upstream, upstream)
-    else:
-        gradients = backward(upstream, *tensors, *numbers, *needs)
-    chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return *chosen, *(None for _ in ctx.needs_input_grad[4:])
+def _backward(way: Way) -> Callable[..., Results]:
+    def operator(upstream: Tensor, *arguments: Any) -> Results:
+        problem = _unflatten(*arguments[:-4])
+        return _present(problem.input, way(problem, upstream, arguments[-4:])[1])
+
+    return operator
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[: TENSORS + 1])
-    ctx.numbers = inputs[TENSORS + 1 :]
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            results: Results = FORWARD(*arguments)
+        ctx.save_for_backward(*arguments[:TENSORS], *results[1:])
+        ctx.numbers = arguments[TENSORS:]
+        return results
 
-
-def _backward_of_backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-    upstream, *tensors = ctx.saved_tensors
-    *numbers, a, b, c, d = ctx.numbers
-    needs, wanted = (a, b, c, d), ctx.needs_input_grad[:5]
-    problem = _unflatten(*tensors, *numbers)
-    operands = (upstream, *problem[:4])
-
-    def gradients_of(*chosen: Tensor) -> tuple[Tensor, ...]:
-        values = iter(chosen)
-        upstream, *four = (
-            next(values) if is_wanted else operand
-            for operand, is_wanted in zip(operands, wanted, strict=True)
+    @staticmethod
+    def backward(ctx: Any, upstream: Any, *others: Any) -> tuple[Tensor | None, ...]:
+        *tensors, grad_input, grad_target = ctx.saved_tensors
+        *numbers, has_input, has_target = ctx.numbers
+        if upstream is None or any(other is not None for other in others):
+            # One of the gradients that were computed with the loss is differentiated itself.
+            arguments = (*tensors, *ctx.numbers)
+            above = (upstream, *others)
+            return _pulled_back(_forward(_composed), arguments, ctx.needs_input_grad, above)
+        needs: Needs = ctx.needs_input_grad[:4]
+        is_saved = (
+            needs == (has_input, has_target, False, False)
+            # A graph of make_fx cuts off what is saved, and could not be differentiated again.
+            and not is_recorded()
+            # A product with what is not finite would make NaN of what masks exclude.
+            and not _unflatten(*tensors, *numbers).has_masks
         )
-        found = differentiable_backward(Problem._make((*four, *problem[4:])), upstream, needs)
-        return tuple(gradient for gradient in found if gradient is not None)
-
-    pullback = torch.func.vjp(gradients_of, *_only(operands, wanted))[1]
-    found = iter(pullback(tuple(_only(upstreams, needs))))
-    gradients = (next(found) if is_wanted else None for is_wanted in wanted)
-    return *gradients, *(None for _ in ctx.needs_input_grad[5:])
-
-
-torch.library.register_autograd(forward, _backward_of_forward, setup_context=_setup_forward)
-torch.library.register_autograd(backward, _backward_of_backward, setup_context=_setup_backward)
+        if is_saved:
+            # In the wider dtype: a product of 16 bits with float32 may round the latter first.
+            saved = (grad_input, grad_target)
+            scaled = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in saved)
+            gradients = (*scaled, upstream, upstream)
+        else:
+            gradients = BACKWARD(upstream, *tensors, *numbers, *needs)
+        chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return *chosen, *(None for _ in ctx.needs_input_grad[4:])
 
 
-def _register_vmap(operator: Any) -> None:
-    """Make torch.vmap over a graph that contains the operator call it for each sample."""
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        ctx.save_for_backward(*arguments[: 1 + TENSORS])
+        ctx.numbers = arguments[1 + TENSORS :]
+        with torch._C._AutoDispatchBelowAutograd():
+            results: Results = BACKWARD(*arguments)
+        return results
 
-    @operator.register_vmap
-    def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = (*ctx.saved_tensors, *ctx.numbers)
+        return _pulled_back(_backward(_composed), arguments, ctx.needs_input_grad, upstreams)
+
+
+def _pulled_back(
+    operator: Callable[..., Results],
+    arguments: tuple[Any, ...],
+    wanted: tuple[bool, ...],
+    upstreams: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return the wanted gradients of a composed operator, for upstream gradients of its results."""
+    with torch.enable_grad():
+        # (By views, because what the arguments were computed from is not to be differentiated.)
+        given = [v.view_as(v) if w else v for v, w in zip(arguments, wanted, strict=True)]
+        results = operator(*given)
+    pairs = [
+        (result, torch.zeros_like(result) if upstream is None else upstream)
+        for result, upstream in zip(results, upstreams, strict=True)
+        if result.requires_grad
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in pairs],
+            [value for value, is_wanted in zip(given, wanted, strict=True) if is_wanted],
+            [upstream for _, upstream in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+
+
+def _register(operator: Any, form: Callable[[Way], Callable[..., Results]], function: Any) -> None:
+    composed, name = form(_composed), operator.__name__.partition(".")[0]
+
+    def differentiated(*arguments: Any) -> Results:
+        # In a graph that was made before: a Function like these would lose the tangents, and
+        # functorch refuses it.
+        results: Results = composed(*arguments) if is_transformed() else function.apply(*arguments)
+        return results
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        """Call the operator for each sample."""
         given = tuple(zip(arguments, in_dims, strict=True))
         samples = [
             operator(*(value if dim is None else value.select(dim, i) for value, dim in given))
@@ -168,9 +224,14 @@ def _register_vmap(operator: Any) -> None:
         results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
         return results, (0,) * len(results)
 
+    _library.impl(name, form(_real), "CompositeExplicitAutograd")
+    _library.impl(name, differentiated, "Autograd")
+    torch.library.register_fake(operator, form(_fake), lib=_library)
+    torch.library.register_vmap(operator, batched, lib=_library)
 
-_register_vmap(forward)
-_register_vmap(backward)
+
+_register(FORWARD, _forward, _Forward)
+_register(BACKWARD, _backward, _Backward)
 
 
 def _register_sharding() -> None:
@@ -209,10 +270,5 @@ def _unflatten(*arguments: Any) -> Problem:
     return Problem._make((input, target, *four, reduce, compute_dtype, loss_dtype, has_masks))
 
 
-def _present(input: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = (input.new_empty(0) if g is None else g for g in gradients)
-    return a, b, c, d
-
-
-def _only(values: Any, chosen: Any) -> list[Any]:
-    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+def _present(input: Tensor, results: tuple[Tensor | None, ...]) -> Results:
+    return tuple(input.new_empty(0) if result is None else result for result in results)

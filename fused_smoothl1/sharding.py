@@ -30,7 +30,7 @@ def _everywhere(*tensors: Any) -> Placements:
     return [None if tensor is None else Replicate() for tensor in tensors]
 
 
-@register_sharding(ops.forward._opoverload)
+@register_sharding(ops.FORWARD)
 def _(*arguments: Any) -> list[Rule]:
     """Every shard gives its part of the sum, because `divisor` and `count` are global."""
     *operands, divisor, beta = arguments[:6]
@@ -48,7 +48,7 @@ def _(*arguments: Any) -> list[Rule]:
     return rules
 
 
-@register_sharding(ops.backward._opoverload)
+@register_sharding(ops.BACKWARD)
 def _(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
     *operands, divisor, beta = arguments[:6]

@@ -5,6 +5,7 @@ returns what a caller would have in hand at the end. What was handed out is neve
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,14 +93,16 @@ def _make_fx(loss: Loss, x: Tensor, upstream: Tensor) -> Results:
     return [traced(upstream), traced(2 * upstream), pullback(upstream)]
 
 
-def _compiled_autograd(loss: Loss, x: Tensor, upstream: Tensor) -> Results:
-    """Two backward passes of one graph under it, and one without."""
+def _compiled_autograd(
+    loss: Loss, x: Tensor, upstream: Tensor, compiler: Callable[..., Any] = lambda graph: graph
+) -> Results:
+    """Two backward passes of one graph under it, and one without; what it captures runs as is."""
     value = loss(x)
 
     def gradient() -> Tensor:
         return torch.autograd.grad(value, x, upstream, retain_graph=True)[0]
 
-    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+    with compiled_autograd._enable(compiler):
         results = [gradient(), gradient()]
     return [*results, gradient()]
 
@@ -141,7 +144,22 @@ def test_gradients_are_the_compositions(
     backend: str,
     device: str,
 ) -> None:
+    _check(runner, reduction, weights, device)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_compiled_autograd_with_a_compiler(reduction: str, backend: str, device: str) -> None:
     torch._dynamo.reset()
+    runner = partial(_compiled_autograd, compiler=torch.compile(backend="aot_eager"))
+    _check(runner, reduction, "rows", device)
+
+
+def _check(
+    runner: Callable[[Loss, Tensor, Tensor], Results],
+    reduction: str,
+    weights: str | None,
+    device: str,
+) -> None:
     x = gaussian(6, 4, seed=1, device=device, requires_grad=True)
     target, rows = gaussian(6, 4, seed=2, device=device), gaussian(6, 1, seed=3, device=device)
     inside = {None: None, "rows": rows, "mask": coin(6, 1, seed=4, device=device)}[weights]

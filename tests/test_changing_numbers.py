@@ -213,6 +213,20 @@ def test_special_values_among_others(backend: str, device: str) -> None:
     _assert_right(call, (0.5, 0.7, 0.0, 0.9, 1.0, 2.0, 0.0), "sum", "rows", "aot_eager", device)
 
 
+@pytest.mark.parametrize("option", ["sigma", "beta"])
+def test_values_beyond_the_largest_number(option: str, backend: str, device: str) -> None:
+    """Where the difference of two numbers is inf, the loss is, whoever put a symbol for beta."""
+    x = torch.tensor([3e38, 1.0, float("-inf")], device=device)
+    values = (1e-20, 1e-21, 1e-22) if option == "sigma" else (1e39, 2e39, 3e39)
+
+    def step(number: float) -> Tensor:
+        return smooth_l1_loss(x, -x, **{option: number}, reduction="none")
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for value in values:
+        torch.testing.assert_close(compiled(value), step(value))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,12 +5,17 @@ in the graph, and they are quick. A few go through Inductor, to generated code.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.compilers import nop
 
 import tests.support
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
@@ -175,6 +180,53 @@ def test_compiled_graph_launches_the_kernel(device: str, launches: list[str]) ->
     assert launches == ["smooth_l1_kernel"]
     loss.backward()
     assert launches == ["smooth_l1_kernel"], "the gradient came with the loss"
+
+
+def test_compiled_backward_is_a_product(triton_backend: str, device: str) -> None:
+    """Of the saved gradient and what arrives: nothing is computed anew."""
+    names: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    operands, options = make("plain", device=device)
+    compiler = aot_autograd(fw_compiler=nop, bw_compiler=record)
+    torch.compile(smooth_l1_loss, backend=compiler)(*operands, **options).backward()
+    assert set(names) == {"aten.detach.default", "aten.mul.Tensor"}
+
+
+@pytest.mark.filterwarnings("error:Dynamo")
+@pytest.mark.parametrize("mode", ["no_grad", "train", "transform"])
+def test_runs_as_it_stands_where_the_compiler_gives_up(
+    mode: str, backend: str, device: str
+) -> None:
+    """It would go on with what the call is made of, down to the launch."""
+    x = gaussian(6, 4, seed=1, device=device, requires_grad=mode == "train")
+    target = gaussian(6, 4, seed=2, device=device)
+    files: set[str] = set()
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            files.update(re.findall(r"fused_smoothl1.(\w+)\.py", node.stack_trace or ""))
+        return graph.forward
+
+    def step(count: Any) -> Any:
+        if mode == "transform":
+            return torch.func.grad(
+                lambda x: smooth_l1_loss(x, target, reduction="sum", normalizer=count)
+            )(x)
+        with torch.set_grad_enabled(mode == "train"):
+            loss = smooth_l1_loss(x, target, reduction="sum", normalizer=count)
+        if mode == "train":
+            loss.backward()
+        return loss
+
+    compiled = torch.compile(step, backend=record)
+    for count in (3, 5, 7):
+        # (As an argument of a compiled function, one of NumPy's numbers is an array.)
+        torch.testing.assert_close(compiled(np.float32(count)), step(count))
+    assert files <= {"functional"}
 
 
 def test_no_grad_computes_no_gradient(triton_backend: str, device: str) -> None:

@@ -17,7 +17,7 @@ from fused_smoothl1 import smooth_l1_loss
 from tests.support import coin, gaussian
 
 # Elements: more tiles of any type than the interpreter has programs, and a tail.
-SEVERAL = 9_011
+SEVERAL = 5_011
 
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="waits for a CUDA GPU: programs that run at once"

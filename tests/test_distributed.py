@@ -198,6 +198,23 @@ def _trained_weights(rank: int, mesh: Any) -> None:
     torch.testing.assert_close(weights.grad.full_tensor(), local.grad)
 
 
+def _numbers_that_change(rank: int, mesh: Any) -> None:
+    """Of which torch.compile makes tensors, that every rank has."""
+    step = torch.compile(smooth_l1_loss, backend="aot_eager")
+    for number in (0.5, 0.7, 0.9):
+        whole = (gaussian(6, 4, seed=1, requires_grad=True), gaussian(6, 4, seed=2))
+        input, target = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in whole)
+        options: dict[str, Any] = {"beta": number, "reduction": "sum", "normalizer": number + 1}
+        loss = step(input.requires_grad_(), target, **options)
+        assert isinstance(loss, DTensor)
+        expected = smooth_l1_loss(*whole, **options)
+        torch.testing.assert_close(loss.full_tensor(), expected)
+        loss.full_tensor().backward()
+        expected.backward()
+        assert isinstance(input.grad, DTensor)
+        torch.testing.assert_close(input.grad.full_tensor(), whole[0].grad)
+
+
 CHECKS: dict[str, Callable[[int, Any], None]] = {
     "ddp": _ddp,
     "ddp without positives on one rank": _ddp_without_positives_on_one_rank,
@@ -216,6 +233,7 @@ CHECKS: dict[str, Callable[[int, Any], None]] = {
     "dtensor with a dtensor as normalizer": _sharded(0, "sum", "sharded", normalizer="tensor"),
     "dtensor replicated": _replicated,
     "dtensor with trained weights": _trained_weights,
+    "dtensor with numbers that change": _numbers_that_change,
 }
 
 

@@ -5,6 +5,7 @@ kink than the step: the seeds are such that |x| is neither near beta nor near 0.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,12 +50,16 @@ def test_gradcheck(weights: str, reduction: str, backend: str, device: str) -> N
 @pytest.mark.parametrize("weights", SHAPES)
 def test_gradgradcheck(weights: str, reduction: str, backend: str, device: str) -> None:
     assert torch.autograd.gradgradcheck(
-        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction), _operands(device, weights)
+        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction),
+        _operands(device, weights),
+        fast_mode=backend == "triton",  # A launch in the interpreter costs milliseconds.
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, BETA])
-@pytest.mark.parametrize("case", ["no_weights", "masks", "normalizer", "l1"])
+@pytest.mark.parametrize(
+    ("case", "beta"),
+    [("l1", 0.0), *((c, b) for c in ("no_weights", "masks", "normalizer") for b in (0.0, BETA))],
+)
 def test_gradgradcheck_of_other_calls(case: str, beta: float, backend: str, device: str) -> None:
     operands = _operands(device)
     mask = torch.tensor([[True], [False]], device=device)
@@ -74,8 +79,9 @@ def test_gradgradcheck_of_other_calls(case: str, beta: float, backend: str, devi
             )
         return smooth_l1_loss(input, target, inside, outside, sigma=math.inf)
 
-    assert torch.autograd.gradcheck(loss, operands)
-    assert torch.autograd.gradgradcheck(loss, operands)
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(loss, operands, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(loss, operands, fast_mode=fast)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -189,21 +195,33 @@ def test_of_l1_is_zero(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": 0.5}, {"sigma": 3.0}], ids=str)
 @pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan, 0.0])
-@pytest.mark.parametrize("outside", [1.0, math.inf])
+@pytest.mark.parametrize("weight", [1.0, math.inf])
+@pytest.mark.parametrize("trained", ["inside", "outside", None])
 def test_first_gradient_is_the_same(
-    outside: float, upstream: float, options: dict[str, float], backend: str, device: str
+    trained: str | None,
+    weight: float,
+    upstream: float,
+    options: dict[str, float],
+    backend: str,
+    device: str,
 ) -> None:
     """To ask for a graph changes no gradient, for any upstream gradient and under masks too."""
     input = torch.tensor([2.0, -1.0, 0.1, -1e-3, 0.5, math.nan], device=device, requires_grad=True)
     mask = torch.arange(6, device=device) < 5
-    gradients: list[Tensor] = []
+    weights: Any = weight
+    if trained:
+        weights = torch.full((6,), weight, device=device, requires_grad=True)
+    inside, outside = (weights, mask) if trained == "inside" else (mask, weights)
+    sources = [t for t in (input, weights) if isinstance(t, Tensor)]
+    gradients: list[tuple[Tensor, ...]] = []
     for create_graph in (False, True):
         loss = smooth_l1_loss(
-            input, torch.zeros_like(input), mask, outside, reduction="sum", **options
+            input, torch.zeros_like(input), inside, outside, reduction="sum", **options
         )
         given = torch.full_like(loss, upstream)
-        gradients += torch.autograd.grad(loss, input, given, create_graph=create_graph)
+        gradients.append(torch.autograd.grad(loss, sources, given, create_graph=create_graph))
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=0.0, equal_nan=True)
+    assert all(float(gradient[5]) == 0.0 for gradient in gradients[0])
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

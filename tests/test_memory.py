@@ -23,6 +23,14 @@ WORKSPACE = 64 * 1024 if torch.cuda.is_available() else 6 * 1024
 BLOCKS = 3 * 2**18
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Spare each collection below the hundreds of thousands of objects that PyTorch is made of."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def _filled(
     *shape: int,
     device: str,

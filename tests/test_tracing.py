@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 from tests.composed import composed
@@ -49,14 +50,17 @@ def _assert_same(found: Function, expected: Function, operands: tuple[Tensor, ..
     )
 
 
+@pytest.mark.parametrize("example", [0, 6])
 @pytest.mark.parametrize("weights", [None, "rows", "mask"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_jit_trace(reduction: str, weights: str | None, backend: str, device: str) -> None:
-    """Deprecated, and still used to export models."""
+def test_jit_trace(
+    reduction: str, weights: str | None, example: int, backend: str, device: str
+) -> None:
+    """Deprecated, and still used to export models; with an example of no rows at all, too."""
     step = _step(smooth_l1_loss, weights, reduction=reduction)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its deprecation, and of checks of shapes
-        traced = torch.jit.trace(step, _operands(6, device))
+        traced = torch.jit.trace(step, _operands(example, device))
     for rows in (6, 9):
         _assert_same(traced, _step(composed, weights, reduction=reduction), _operands(rows, device))
 
@@ -106,11 +110,48 @@ def test_functions_that_override_it() -> None:
             return "answered"
 
     input: Any = torch.zeros(3, 4).as_subclass(Answers)
-    for operands in ((input, torch.zeros(3, 4)), (torch.zeros(3, 4), torch.zeros(3, 4), input)):
+    other = torch.zeros(3, 4)
+    for operands in ((input, other), (other, other, input), (other, other, None, input)):
         result: Any = smooth_l1_loss(*operands, sigma=2.0)
         assert result == "answered"
+    result = smooth_l1_loss(other, other, reduction="sum", normalizer=input)
+    assert result == "answered"
     assert asked[0][0] is smooth_l1_loss
     assert asked[0][2]["sigma"] == 2.0
+
+
+def test_sizes_in_the_place_of_numbers(backend: str, device: str) -> None:
+    """Symbols, where shapes are symbolic: weights, transition points and normalizers."""
+
+    def step(f: Function, x: Tensor, t: Tensor) -> Tensor:
+        rows, columns = x.shape
+        first = f(x, t, columns, rows, beta=columns / 8, reduction="sum", normalizer=rows)
+        return first + f(x, t, rows / 4, sigma=columns)
+
+    x, t, *_ = _operands(6, device)
+    with torch.no_grad():
+        traced = make_fx(partial(step, smooth_l1_loss), tracing_mode="symbolic")(x, t)
+        for rows in (6, 9):
+            x, t, *_ = _operands(rows, device)
+            torch.testing.assert_close(traced(x, t), step(composed, x, t))
+
+
+def test_export_with_a_count_that_depends_on_data(backend: str, device: str) -> None:
+    """Of which nobody knows yet that it is positive."""
+
+    class Step(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+            count = mask.sum().item()
+            return smooth_l1_loss(x, t, mask, reduction="sum", normalizer=count)
+
+    x, t = (tensor.detach() for tensor in _operands(6, device)[:2])
+    row = torch.arange(6, device=device)[:, None]
+    graph = torch.export.export(Step(), (x, t, row < 4)).module()
+    for count in (4, 2):
+        torch.testing.assert_close(
+            graph(x, t, row < count),
+            composed(x, t, row < count, reduction="sum", normalizer=count),
+        )
 
 
 def _selected_rows(f: Function, reduction: str, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
