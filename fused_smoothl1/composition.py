@@ -17,6 +17,7 @@ from fused_smoothl1.contract import (
     Needs,
     Problem,
     is_mask,
+    is_static,
     may_hold,
     sum_to_weights,
     transition,
@@ -114,6 +115,7 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
         # Only NaN is quadratic then. A product of inf with the zeros in place of the others would
         # be NaN: it is not selected, but anomaly detection would find it.
         inverse_beta = 1.0
+    half_beta, half_inverse = _as_tensor(beta / 2, x), _as_tensor(inverse_beta / 2, x)
     beta, inverse_beta = _as_tensor(beta, x), _as_tensor(inverse_beta, x)
     # (Not abs, whose second derivative is a tensor without memory. Detached, for inf times the
     # tangent 0 of a sign is NaN.)
@@ -123,19 +125,21 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
     # What is linear must not reach the other derivative: 0 times inf is NaN. Nor is the loss a
     # product of two of its parts, because inf - inf is NaN where an upstream gradient is inf.
     rest = torch.where(is_linear, 0, x)
-    slope = rest * inverse_beta
-    return torch.where(is_linear, size - beta / 2, rest * slope / 2), (is_linear, sign, slope)
+    loss = torch.where(is_linear, size - half_beta, rest * (rest * half_inverse))
+    return loss, (is_linear, sign, rest * inverse_beta)
 
 
 def _divisor(problem: Problem, like: Tensor) -> Any:
     divisor = problem.divisor
     # A number of elements may be a symbol, and stays one.
-    return _as_tensor(divisor, like) if isinstance(divisor, Tensor | float) else divisor
+    is_known = isinstance(divisor, Tensor) or is_static(divisor)
+    return _as_tensor(divisor, like) if is_known else divisor
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
     """Return the value as a tensor of the same dtype.
 
-    A product of a number and a tensor without dimensions would have a tangent of float64.
+    A product of a number and a tensor without dimensions would have a tangent of float64, and
+    where make_fx traces a transform before autograd, no product with a number is possible at all.
     """
     return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)

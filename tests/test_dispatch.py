@@ -72,6 +72,7 @@ def test_docstring_states_the_decisions() -> None:
 
 
 def test_import_has_no_side_effects() -> None:
+    """And can be repeated, which a notebook may do; the operators are defined anew then."""
     _succeeds(
         """
 import os, sys, torch
@@ -84,6 +85,11 @@ assert not new & {"numpy", "triton", "hypothesis", "sklearn"}, new
 assert dict(os.environ) == before
 assert torch.get_num_threads() == threads
 assert torch.get_default_dtype() == torch.float32
+for module in [m for m in sys.modules if m.startswith("fused_smoothl1")]:
+    del sys.modules[module]
+import fused_smoothl1
+for name in ("forward", "backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_smoothl1::{name}", "Autograd")
 """
     )
 

@@ -225,12 +225,23 @@ def test_make_fx(tracing_mode: Any, backend: str, device: str) -> None:
     torch.testing.assert_close(traced(other, *operands[1:]), gradient(other, *operands[1:]))
 
 
-def test_make_fx_of_a_transform(backend: str, device: str) -> None:
-    """A transform comes before the trace: only PyTorch's own operations are in the graph."""
+@pytest.mark.parametrize("before_autograd", [False, True])
+def test_make_fx_of_a_transform(before_autograd: bool, backend: str, device: str) -> None:
+    """A transform comes before the trace: only PyTorch's own operations are in the graph.
+
+    (Before autograd, PyTorch takes what the transform sees for a constant, in the composition too.)
+    """
     input, *rest = _four(device)
-    function = grad(lambda x: smooth_l1_loss(x, *rest, beta=0.5))
-    traced = make_fx(function)(input)
-    torch.testing.assert_close(traced(2 * input), function(2 * input))
+
+    def traced(loss: Callable[..., Tensor], times: int) -> Any:
+        function: Callable[..., Any] = functools.partial(loss, beta=0.5)
+        for _ in range(times):
+            function = grad(lambda *operands, f=function: f(*operands).square().sum())
+        return make_fx(function, pre_dispatch=before_autograd)(input, *rest)
+
+    for times in (1, 2):
+        found, expected = (traced(loss, times) for loss in (smooth_l1_loss, composed))
+        torch.testing.assert_close(found(2 * input, *rest), expected(2 * input, *rest))
 
 
 def test_compile_of_a_transform(backend: str, device: str) -> None:
