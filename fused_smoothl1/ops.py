@@ -125,6 +125,8 @@ def _backward(way: Way) -> Callable[..., Results]:
 
 
 class _Forward(torch.autograd.Function):
+    """The first operator; its gradient is the saved one times what arrives, if that is exact."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Results:
         ctx.set_materialize_grads(False)
@@ -163,6 +165,8 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
+    """The second operator, whose own gradients are those of the composition."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Results:
         ctx.save_for_backward(*arguments[: 1 + TENSORS])
@@ -209,8 +213,8 @@ def _register(operator: Any, form: Callable[[Way], Callable[..., Results]], func
     composed, name = form(_composed), operator.__name__.partition(".")[0]
 
     def differentiated(*arguments: Any) -> Results:
-        # In a graph that was made before: a Function like these would lose the tangents, and
-        # functorch refuses it.
+        # A graph that was captured before may be transformed now. A Function like these would lose
+        # the tangents, and functorch refuses it.
         results: Results = composed(*arguments) if is_transformed() else function.apply(*arguments)
         return results
 

@@ -170,7 +170,7 @@ def test_graph_of_a_second_gradient(
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_batches_of_an_exported_model(dynamic: bool, backend: str, device: str) -> None:
-    """With a mean over a number of rows that the graph does not know."""
+    """Of inputs beside one target, whose number of rows divides the loss."""
     x, t = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
     rows = {0: torch.export.Dim.AUTO if dynamic else torch.export.Dim.STATIC}
     model = _Model(smooth_l1_loss, "mean", "", device)
