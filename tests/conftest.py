@@ -14,10 +14,8 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
 
@@ -77,22 +75,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _rounded_bfloat16() -> None:
-    """Make the interpreter round float32 to bfloat16, as compiled kernels do: it truncates."""
-    if torch.cuda.is_available() or not HAS_TRITON:
-        return
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+def _strict_interpreter() -> None:
+    """Make the interpreter refuse what a GPU would not survive, and round as a GPU does."""
+    if HAS_TRITON and not torch.cuda.is_available():
+        from tests.interpreter import make_strict
 
-    truncate = InterpreterBuilder.create_fp_trunc
-
-    def create_fp_trunc(self: Any, source: Any, dtype: Any) -> Any:
-        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
-            return truncate(self, source, dtype)
-        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
-        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
-
-    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+        make_strict()
 
 
 @pytest.fixture

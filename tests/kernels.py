@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fused_smoothl1.kernel import _blocks
+from fused_smoothl1.kernel import _blocks, _load
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -18,3 +18,45 @@ def blocks_kernel(found_ptr, numel, BLOCK: tl.constexpr):
         start, stop = _blocks(numel, BLOCK, TAIL)
         tl.store(found_ptr + tl.program_id(0) * 4 + TAIL * 2, start)
         tl.store(found_ptr + tl.program_id(0) * 4 + TAIL * 2 + 1, stop)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def load_kernel(
+    operand_ptr,
+    found_ptr,
+    sizes,
+    strides,
+    numel,
+    ACCESS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store what `_load` loads of one operand for each element, in the order of iteration.
+
+    operand_ptr: int32, through the strides; the other arguments are those of `smooth_l1_kernel`
+    found_ptr:   int32 [numel]
+    """
+    lane = tl.arange(0, LANES)[None, :]
+    first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
+    for TAIL in tl.static_range(2):
+        start, stop = _blocks(numel, BLOCK, TAIL)
+        for block in range(start, stop, tl.num_programs(0)):
+            group = block * BLOCK + first
+            within = group < numel if ALIGNED else group + lane < numel
+            values = _load(operand_ptr, ACCESS, strides, sizes, group, lane, within, ALIGNED)
+            tl.store(found_ptr + group + lane, values, mask=within)
+
+
+@triton.jit
+def copy_kernel(input_ptr, found_ptr, first, step, RUN: tl.constexpr, MULTIPLE: tl.constexpr):
+    """Store eight elements one after the other, that are loaded so many steps apart.
+
+    input_ptr:     int32, read from the element `first` on
+    found_ptr:     int32 [8]
+    RUN, MULTIPLE: what is said of the offsets: runs of so many neighbours start at a multiple
+    """
+    position = tl.arange(0, 8)
+    offset = first + position * step
+    offset = tl.max_contiguous(tl.multiple_of(offset, MULTIPLE), RUN)
+    tl.store(found_ptr + position, tl.load(input_ptr + offset))

@@ -1,0 +1,137 @@
+"""Triton's interpreter, as strict as a GPU and quicker. To be imported where Triton is.
+
+What a GPU does to a kernel, and Triton's interpreter by itself does not:
+
+- It stops at an address that belongs to nobody, or reads from it what then reaches no result. Here
+  every access of every launch must lie inside one tensor that was given to the launch, and what is
+  written inside an output or a workspace.
+- It takes hints at their word: `tl.multiple_of` and `tl.max_contiguous` decide how wide an access
+  is. Here what they say must be true.
+- It rounds float32 to the nearest bfloat16. The interpreter truncates.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton import language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+OPERANDS = ("input", "target", "inside", "outside", "upstream", "normalizer", "beta")
+READ_ONLY = {f"{name}_ptr" for name in OPERANDS}
+
+
+class Event(NamedTuple):
+    """What a program does: "load", "store", "atomic" or "barrier", and to which argument."""
+
+    kind: str
+    argument: str = ""
+
+
+# Of the launch that runs now: the addresses of each tensor's first byte, and of one past its last.
+_extents: dict[str, tuple[int, int]] = {}
+_recordings: list[list[Event]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Event]]:
+    """Collect what the programs of all launches do, one program after the other."""
+    events: list[Event] = []
+    _recordings.append(events)
+    yield events
+    _recordings.remove(events)
+
+
+def make_strict() -> None:
+    """Change the interpreter of this process, for good."""
+    _before(GridExecutor, "__call__", _launched)
+    # Which of the arguments are the pointers and the mask.
+    for kind, name, pointers, mask in (
+        ("load", "create_masked_load", 0, 1),
+        ("store", "create_masked_store", 0, 2),
+        ("atomic", "create_atomic_rmw", 1, 3),
+    ):
+        _before(InterpreterBuilder, name, _access(kind, pointers, mask))
+    _before(InterpreterBuilder, "create_barrier", lambda _: _happened(Event("barrier")))
+    _before(TensorHandle, "set_attr", _hinted)
+    _round_bfloat16()
+    _patch_language_once()
+
+
+def _before(owner: type, name: str, check: Callable[..., None]) -> None:
+    """Let a method's arguments be looked at whenever it is called."""
+    method = getattr(owner, name)
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        check(*arguments)
+        return method(*arguments, **options)
+
+    setattr(owner, name, checked)
+
+
+def _launched(executor: Any, *arguments: Any) -> None:
+    _extents.clear()
+    for name, value in zip(executor.arg_names, arguments, strict=False):
+        if isinstance(value, Tensor) and value.numel():
+            sizes = zip(value.shape, value.stride(), strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+            start = value.data_ptr()
+            _extents[name] = (start, start + elements * value.element_size())
+
+
+def _access(kind: str, pointers: int, mask: int) -> Callable[..., None]:
+    def accessed(_: Any, *arguments: Any) -> None:
+        active = arguments[pointers].data[arguments[mask].data]
+        if not active.size:
+            return
+        low, high = active.min(), active.max()
+        names = [name for name, (start, stop) in _extents.items() if start <= low and high < stop]
+        if kind != "load":
+            names = [name for name in names if name not in READ_ONLY]
+        assert names, f"a {kind} outside of every tensor that the kernel was given for it"
+        _happened(Event(kind, names[0]))
+
+    return accessed
+
+
+def _happened(event: Event) -> None:
+    for events in _recordings:
+        events.append(event)
+
+
+def _hinted(handle: Any, hint: str, values: list[int]) -> None:
+    """Check what is said of the last dimension: runs of neighbours, that start at a multiple."""
+    hints = {**handle.attr, hint: values}
+    *others, run = hints.get("tt.contiguity", [1])
+    *more, multiple = hints.get("tt.divisibility", [1])
+    assert {*others, *more} <= {1}, "a hint about another dimension, which is not checked here"
+    runs = handle.data.reshape(-1, run)
+    assert (runs - runs[:, :1] == np.arange(run)).all(), "not contiguous"
+    assert run == 1 or not (runs[:, 0] % multiple).any(), "not a multiple"
+
+
+def _round_bfloat16() -> None:
+    truncate = InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return truncate(self, source, dtype)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
+
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
+def _patch_language_once() -> None:
+    """Spare a third of the time, in which Triton replaces its language by an interpreted one.
+
+    It does so at every launch, and anew for each function that a kernel calls.
+    """
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    patched = SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda function: patched

@@ -1,0 +1,59 @@
+"""The interpreter that the tests run in refuses what a GPU would not survive."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER
+
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
+    ),
+    pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER),
+]
+
+
+def _copy(first: int = 0, step: int = 1, *, run: int = 1, multiple: int = 1, room: int = 8) -> Any:
+    """Copy eight of the 8 * step values 0, 1, 2 … into a tensor of its own."""
+    from tests.kernels import copy_kernel
+
+    values = torch.arange(8 * step, dtype=torch.int32)
+    # (What is written past its end is still in the allocation.)
+    found = torch.full((8,), -1, dtype=torch.int32)[:room]
+    copy_kernel[(1,)](values, found, first, step, run, multiple)
+    return found.tolist()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_copy(step: int) -> None:
+    assert _copy(step=step) == [step * i for i in range(8)]
+
+
+@pytest.mark.parametrize(("first", "step"), [(-1, 1), (1, 1), (3, 3), (-1, 3), (10**6, 1)])
+def test_load_outside(first: int, step: int) -> None:
+    with pytest.raises(Exception, match="a load outside"):
+        _copy(first, step)
+
+
+def test_store_outside() -> None:
+    with pytest.raises(Exception, match="a store outside"):
+        _copy(room=7)
+
+
+def test_store_into_an_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.interpreter.READ_ONLY", {"found_ptr"})
+    with pytest.raises(Exception, match="a store outside"):
+        _copy()
+
+
+@pytest.mark.parametrize(("run", "multiple"), [(2, 2), (4, 4), (8, 8), (4, 2)])
+def test_true_hints(run: int, multiple: int) -> None:
+    assert _copy(run=run, multiple=multiple) == list(range(8))
+
+
+@pytest.mark.parametrize(("step", "run", "multiple"), [(2, 2, 1), (3, 8, 1), (1, 4, 8), (1, 2, 4)])
+def test_false_hints(step: int, run: int, multiple: int) -> None:
+    with pytest.raises(Exception, match="not contiguous" if step > 1 else "not a multiple"):
+        _copy(step=step, run=run, multiple=multiple)
