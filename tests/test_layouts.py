@@ -99,6 +99,17 @@ def test_one_operand_differs(layout: str, operand: int, backend: str, device: st
     check(*tensors, beta=0.5, reduction="sum", upstream=1.5)
 
 
+@pytest.mark.parametrize("operand", range(4), ids=["input", "target", "inside", "outside"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_gradient_alone(layout: str, operand: int, backend: str, device: str) -> None:
+    """It is written in the input's order, whoever it belongs to."""
+    tensors = [
+        _laid_out(layout if i == 0 else "contiguous", i + 1, device, requires_grad=i == operand)
+        for i in range(4)
+    ]
+    check(*tensors, beta=0.5, reduction="sum", upstream=1.5)
+
+
 @pytest.mark.parametrize("mask", ["channels_last", "every_second", "permuted", "expanded_last"])
 def test_masks_in_layouts(mask: str, backend: str, device: str) -> None:
     selected = LAYOUTS[mask]((gaussian(*SHAPE, seed=3, device=device) > 0).to(torch.uint8))
@@ -237,55 +248,16 @@ def _check_more_than_2_31_elements(kind: str) -> None:
     assert input.grad.count_nonzero().item() == len(values)
 
 
-@pytest.mark.parametrize("name", ["input", "target", "weights", "normalizer"])
+@pytest.mark.parametrize("name", ["input", "target", "inside", "outside", "normalizer"])
 def test_negated_view(name: str, backend: str, device: str) -> None:
     """The imaginary part of a conjugate holds the negatives of its values in memory."""
 
-    def view(negated: str, *shape: int) -> Tensor:
-        values = gaussian(*shape, seed=len(negated), device=device) + 3.0
+    def view(own: str, *shape: int) -> Tensor:
+        values = gaussian(*shape, seed=len(own), device=device) + 3.0
         hidden = torch.complex(torch.zeros_like(values), -values).conj().imag
         assert hidden.is_neg()
-        return hidden if name == negated else values
+        return hidden if own == name else values
 
-    operands = (view("input", 5, 4).requires_grad_(), view("target", 5, 4), view("weights", 5, 1))
+    shapes = {"input": (5, 4), "target": (5, 4), "inside": (5, 1), "outside": (4,)}
+    operands = [view(own, *shape).requires_grad_() for own, shape in shapes.items()]
     check(*operands, reduction="sum", normalizer=view("normalizer"), upstream=2.0)
-
-
-@pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1])
-def test_blocks_cover_everything(numel: int, device: str, triton_backend: str) -> None:
-    """Whole blocks, and the tail once: also where a 32-bit index of one more would overflow."""
-    from tests.kernels import blocks_kernel
-
-    programs, block = 3, 1024
-    found = torch.empty((programs, 2, 2), dtype=torch.int64, device=device)
-    blocks_kernel[(programs,)](found, numel, block)
-    whole, tails = found.unbind(1)
-    assert whole.tolist() == [[program, numel // block] for program in range(programs)]
-    lengths = [stop - start for start, stop in tails.tolist()]
-    assert sorted(lengths) == [0, 0, 1 if numel % block else 0]
-    assert {start for start, _ in tails.tolist()} == {numel // block}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "columns", "kind"),
-    [
-        (torch.float32, 8, "vector"),
-        (torch.float32, 7, "strided"),
-        (torch.float32, 6, "strided"),
-        (torch.bfloat16, 16, "vector"),
-        (torch.bfloat16, 12, "vector"),  # half a wide access
-        (torch.bfloat16, 10, "strided"),
-    ],
-    ids=str,
-)
-def test_wide_accesses_only_of_aligned_rows(
-    dtype: torch.dtype, columns: int, kind: str, triton_backend: str
-) -> None:
-    """A GPU stops at a wide access that is not aligned; the interpreter does not mind."""
-    from fused_smoothl1 import launch
-
-    wide = torch.empty(9, columns, dtype=dtype)[:, :4]
-    dense = torch.empty(9, 4, dtype=dtype)
-    operands = tuple((tuple(t.shape), t.stride()) for t in (dense, wide))
-    plan = launch._plan((9, 4), dense.stride(), operands, dense.element_size())
-    assert [access.kind for access in plan.accesses] == ["flat", kind]
