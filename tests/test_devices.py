@@ -5,7 +5,6 @@ whether Triton is there) is replaced.
 """
 
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 import fused_smoothl1
-from fused_smoothl1 import dispatch, eager, smooth_l1_loss
+from fused_smoothl1 import SmoothL1Loss, dispatch, eager, smooth_l1_loss
 from tests.conftest import HAS_TRITON
 from tests.support import backend_set, gaussian
 
@@ -167,13 +166,16 @@ def test_broken_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.backend_on(device)
 
 
-def test_warning_points_at_the_call(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """The line to look at is the user's, not one of this package."""
+@pytest.mark.parametrize("loss", [smooth_l1_loss, SmoothL1Loss()])
+def test_warning_points_at_the_call(
+    loss: Any, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """The line to look at is the user's, not one of this package nor of torch.nn's modules."""
     _without_triton(monkeypatch)
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
     input = gaussian(6, 4, seed=1, device=device)
     with pytest.warns(RuntimeWarning, match="fused_smoothl1") as caught:
-        losses = [smooth_l1_loss(input, torch.zeros_like(input)) for _ in range(2)]
+        losses = [loss(input, torch.zeros_like(input)) for _ in range(2)]
     assert torch.equal(*losses)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -203,58 +205,6 @@ def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPat
     for device in ("mps", "cpu"):
         with backend_set("triton"), pytest.raises(RuntimeError, match=match):
             dispatch.backend_on(torch.device(device))
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("device", "properties", "expected"),
-    [
-        ("cuda", {"multi_processor_count": 132}, 132),
-        ("xpu", {"max_compute_units": 448}, 448),
-    ],
-)
-def test_size_of_a_grid_on_every_vendor(
-    device: str, properties: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a multiprocessor is called differs."""
-    launch = _launch()
-    module = SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(**properties))
-    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
-    assert launch._multiprocessors.__wrapped__(torch.device(device, 0)) == expected
-
-
-@needs_triton
-def test_workspace_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread allocates it, on the caller's stream.
-
-    The caller's may be allocating from the memory of a graph that torch.compile warms up.
-    """
-    launch = _launch()
-    calls: list[tuple[int, str, object]] = []
-    current: list[object] = []
-
-    def new_workspace(device: torch.device, programs: int) -> str:
-        calls.append((threading.get_ident(), str(device), current[-1]))
-        return f"room for {programs}"
-
-    mine, another = SimpleNamespace(stream_id=7), SimpleNamespace(stream_id=8)
-    caller = threading.get_ident()
-
-    def current_stream(_: object) -> object:
-        return mine if threading.get_ident() == caller else another
-
-    module = SimpleNamespace(current_stream=current_stream, set_stream=current.append)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
-    monkeypatch.setattr(launch, "_workspaces", {})
-    monkeypatch.setattr(launch, "_new_workspace", new_workspace)
-    monkeypatch.setattr(launch, "_multiprocessors", lambda _: 10)
-    for _ in range(2):
-        found = launch._workspace(torch.device("cuda", 1), 3, False)
-        assert found == f"room for {10 * launch.PROGRAMS_PER_MULTIPROCESSOR}"
-    ((thread, device, chosen),) = calls
-    assert len(current) == 1
-    assert thread != caller
-    assert (device, chosen) == ("cuda:1", mine)
 
 
 def test_constants_of_eager_blocks_keep_no_dimensions() -> None:

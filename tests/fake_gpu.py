@@ -1,0 +1,113 @@
+"""GPUs that are not there: what the launcher asks PyTorch and Triton about them, and of them.
+
+Tensors "on" such a GPU are PyTorch's own fake tensors, of any size, and a kernel's launch is
+written down instead. So what the launcher decides for a GPU can be seen without one.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+
+MULTIPROCESSORS = 10
+
+
+class Launch(NamedTuple):
+    """A launch that was asked for."""
+
+    kernel: str
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    device: int
+    """The current one."""
+
+
+class FakeGpu(threading.local):
+    """PyTorch's module of a kind of device; each thread has a current device and stream of its own.
+
+    The stream is a number, the same on all devices.
+    """
+
+    current = 0
+    stream = 0
+    capturing = False
+
+    def __init__(self, launches: list[Launch], entered: list[int]) -> None:
+        self.launches = launches
+        self.entered = entered
+        """Devices that were made the current one."""
+
+    def current_device(self) -> int:
+        return self.current
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        self.entered.append(device.index)
+        yield
+        self.current = before
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(stream_id=self.stream)
+
+    def set_stream(self, stream: Any) -> None:
+        self.stream = stream.stream_id
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+
+    def kernel(self, function: Any) -> Any:
+        """Return what stands in for a kernel."""
+
+        def launch(grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            named = dict(zip(function.arg_names, arguments, strict=True))
+            name = function.fn.__name__
+            self.launches.append(Launch(name, grid[0], named, options, self.current))
+
+        class Kernel:
+            def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+                return lambda *arguments, **options: launch(grid, arguments, options)
+
+        return Kernel()
+
+
+@contextmanager
+def fake_gpu(warp_size: int = 32) -> Iterator[FakeGpu]:
+    """Let the launcher see GPUs of any number, and all new tensors be fake ones."""
+    from fused_smoothl1 import launch
+
+    module, mode = FakeGpu([], []), fake_tensor.FakeTensorMode()
+    new_workspace = launch._new_workspace
+
+    def new_fake_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+        with mode:  # Also in the thread that has been started for it.
+            return new_workspace(device, programs)
+
+    target = SimpleNamespace(warp_size=warp_size)
+    active = SimpleNamespace(get_current_target=lambda: target)
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+    with pytest.MonkeyPatch.context() as patch, mode:
+        patch.setattr(torch, "get_device_module", lambda _: module)
+        # On a machine with a GPU, fake tensors start the device up that they are said to be on.
+        patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
+        patch.setattr(launch, "triton", triton)
+        patch.setattr(launch, "INTERPRETED", False)
+        patch.setattr(launch, "_workspaces", {})
+        patch.setattr(launch, "_new_workspace", new_fake_workspace)
+        for name in ("smooth_l1_kernel", "rescale_kernel"):
+            patch.setattr(launch, name, module.kernel(getattr(launch, name)))
+        for name in ("_multiprocessors", "_warps"):
+            getattr(launch, name).cache_clear()
+        yield module
+    for name in ("_multiprocessors", "_warps"):
+        getattr(launch, name).cache_clear()
