@@ -338,17 +338,30 @@ def test_vectorized_jacobian(backend: str, device: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("part", ["real", "negated"])
-def test_upstream_gradient_of_a_complex_function(
-    part: str, reduction: str, backend: str, device: str
+def _zero(like: Tensor) -> Tensor:
+    """Return zeros without memory, as PyTorch hands down where nothing depends on a result."""
+    return torch._efficientzerotensor(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _negated(like: Tensor) -> Tensor:
+    """Return a view of what has the negatives in memory, as behind a conjugation."""
+    return torch._neg_view(gaussian(*like.shape, seed=9, dtype=like.dtype, device=str(like.device)))
+
+
+@pytest.mark.parametrize("unstored", [_zero, _negated])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_upstream_gradient_that_is_not_in_memory(
+    reduction: str, dtype: torch.dtype, masked: bool, unstored: Any, backend: str, device: str
 ) -> None:
-    """One of zeros has no memory, and one behind a conjugation has its negatives in memory."""
-    input, target, *_ = _operands(device, (True, False, False, False))
-    loss = smooth_l1_loss(input, target, reduction=reduction)
-    complex_loss = torch.complex(torch.ones_like(loss), loss)
-    result = complex_loss.real if part == "real" else complex_loss.conj().imag
-    (found,) = torch.autograd.grad(result, input, torch.ones_like(loss))
-    loss = smooth_l1_loss(input, target, reduction=reduction)
-    upstream = torch.full_like(loss, 0.0 if part == "real" else -1.0)
-    torch.testing.assert_close(found, torch.autograd.grad(loss, input, upstream)[0])
+    """Whichever way the gradients are computed: by a product, anew, or only now."""
+    input, target, inside, _ = _operands(device, (True, True, False, False), dtype)
+    weights = inside > 0 if masked else inside
+    for needed in ([input], [target], [input, target]):
+        loss = smooth_l1_loss(input, target, weights, reduction=reduction)
+        upstream = unstored(loss)
+        assert upstream._is_zerotensor() or upstream.is_neg()
+        found = torch.autograd.grad(loss, needed, upstream, retain_graph=True)
+        stored = torch.zeros_like(loss) + upstream
+        torch.testing.assert_close(found, torch.autograd.grad(loss, needed, stored))

@@ -116,13 +116,22 @@ def _fsdp2(rank: int, mesh: Any) -> None:
 
 
 def _sharded(
-    dim: int, reduction: str, weights: str, rows: int = 6, **options: Any
+    dim: int,
+    reduction: str,
+    weights: str,
+    rows: int = 6,
+    shape: tuple[int, ...] = (-1, 1),
+    **options: Any,
 ) -> Callable[[int, Any], None]:
-    """Return a check of DTensor operands that are sharded on one dimension."""
+    """Return a check of DTensor operands that are sharded on one dimension.
+
+    The inside weights have the shape, in which -1 is the number of rows.
+    """
 
     def check(rank: int, mesh: Any) -> None:
         tensors = [gaussian(rows, 4, seed=1), gaussian(rows, 4, seed=2)]
-        factor, mask = gaussian(rows, 1, seed=3), coin(rows, 4, seed=4)
+        factor = gaussian(*(rows if n == -1 else n for n in shape), seed=3)
+        mask = coin(rows, 4, seed=4)
         tensors[0][~mask] = NAN
         placement = [Shard(dim)]
         input, target = (distribute_tensor(t, mesh, placement) for t in tensors)
@@ -132,11 +141,12 @@ def _sharded(
             plain: list[Any] = [*tensors, None, mask]
         else:
             split = weights == "sharded"
-            rows_too = split and dim == 0
+            own = dim - (2 - len(shape))  # The dimension of the factor that belongs to `dim`.
+            has_own = own >= 0 and shape[own] != 1
             operands = [
                 input,
                 target,
-                distribute_tensor(factor, mesh, [Shard(0) if rows_too else Replicate()]),
+                distribute_tensor(factor, mesh, [Shard(own) if split and has_own else Replicate()]),
                 distribute_tensor(mask, mesh, placement if split else [Replicate()]),
             ]
             plain = [*tensors, factor, mask]
@@ -150,7 +160,7 @@ def _sharded(
         with backend_set("eager"):
             plain[0] = plain[0].clone().requires_grad_()
             expected = smooth_l1_loss(*plain, sigma=2.0, reduction=reduction, **plain_chosen)
-            upstream = torch.full_like(expected, 1.5)
+            upstream = gaussian(*expected.shape, seed=5)
             (gradient,) = torch.autograd.grad(expected, plain[0], upstream)
         assert isinstance(loss, DTensor)
         if reduction == "none":
@@ -183,19 +193,25 @@ def _replicated(rank: int, mesh: Any) -> None:
     torch.testing.assert_close(input.grad.full_tensor(), local.grad)
 
 
-def _trained_weights(rank: int, mesh: Any) -> None:
-    """The gradient of a replicated weight is a sum over what every rank has."""
-    input, target = (distribute_tensor(gaussian(6, 4, seed=s), mesh, [Shard(0)]) for s in (1, 2))
-    weights = distribute_tensor(gaussian(1, 4, seed=3), mesh, [Replicate()]).requires_grad_()
-    loss = smooth_l1_loss(input, target, weights, sigma=2.0, reduction="sum")
-    assert isinstance(loss, DTensor)
-    loss.full_tensor().backward()
-    local = gaussian(1, 4, seed=3, requires_grad=True)
-    smooth_l1_loss(
-        gaussian(6, 4, seed=1), gaussian(6, 4, seed=2), local, sigma=2.0, reduction="sum"
-    ).backward()
-    assert isinstance(weights.grad, DTensor)
-    torch.testing.assert_close(weights.grad.full_tensor(), local.grad)
+def _trained_weights(*shape: int) -> Callable[[int, Any], None]:
+    """Return a check of a replicated weight, whose gradient sums up what every rank has."""
+
+    def check(rank: int, mesh: Any) -> None:
+        whole = (gaussian(6, 4, seed=1), gaussian(6, 4, seed=2))
+        for dim, reduction in ((0, "sum"), (1, "sum"), (0, "none")):
+            input, target = (distribute_tensor(t, mesh, [Shard(dim)]) for t in whole)
+            local = gaussian(*shape, seed=3, requires_grad=True)
+            weights = distribute_tensor(local.detach(), mesh, [Replicate()]).requires_grad_()
+            loss = smooth_l1_loss(input, target, weights, weights, reduction=reduction)
+            expected = smooth_l1_loss(*whole, local, local, reduction=reduction)
+            assert isinstance(loss, DTensor)
+            upstream = gaussian(*expected.shape, seed=5)
+            loss.full_tensor().backward(upstream)
+            expected.backward(upstream)
+            assert isinstance(weights.grad, DTensor)
+            torch.testing.assert_close(weights.grad.full_tensor(), local.grad)
+
+    return check
 
 
 def _numbers_that_change(rank: int, mesh: Any) -> None:
@@ -225,6 +241,13 @@ CHECKS: dict[str, Callable[[int, Any], None]] = {
         for reduction in ("none", "sum", "mean", "batchmean")
         for weights in ("replicated", "sharded")
     },
+    **{
+        f"dtensor on dim {dim}, {weights} weights of a column": _sharded(
+            dim, "none", weights, shape=(4,)
+        )
+        for dim in (0, 1)
+        for weights in ("replicated", "sharded")
+    },
     "dtensor with a mask alone": _sharded(0, "mean", "none"),
     "dtensor in uneven shards, mean": _sharded(0, "mean", "sharded", rows=7),
     "dtensor in uneven shards, batchmean": _sharded(0, "batchmean", "sharded", rows=7),
@@ -232,7 +255,10 @@ CHECKS: dict[str, Callable[[int, Any], None]] = {
     "dtensor with a number as normalizer": _sharded(0, "sum", "sharded", normalizer=3.0),
     "dtensor with a dtensor as normalizer": _sharded(0, "sum", "sharded", normalizer="tensor"),
     "dtensor replicated": _replicated,
-    "dtensor with trained weights": _trained_weights,
+    **{
+        f"dtensor with trained weights of shape {shape}": _trained_weights(*shape)
+        for shape in ((1, 4), (4,), (6, 1), ())
+    },
     "dtensor with numbers that change": _numbers_that_change,
 }
 

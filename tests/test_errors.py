@@ -191,7 +191,7 @@ def test_normalizer_without_sum(normalizer: Any, reduction: str, backend: str, d
     _raises(ValueError, lambda: module(operand, operand, normalizer=normalizer), "normalizer")
 
 
-@pytest.mark.parametrize("normalizer", [0, 0.0, -1, -0.5, math.nan, -math.inf])
+@pytest.mark.parametrize("normalizer", [0, 0.0, -1, -0.5, math.nan, math.inf, -math.inf])
 def test_normalizer_out_of_range(normalizer: float, backend: str, device: str) -> None:
     call = _call(device, reduction="sum", normalizer=normalizer)
     _raises(ValueError, call, "normalizer", re.escape(f"{normalizer}"), "0")

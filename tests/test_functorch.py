@@ -253,11 +253,13 @@ def test_compile_of_a_transform(backend: str, device: str) -> None:
     torch._dynamo.reset()
 
 
-def test_vmap_rule_of_forward(backend: str, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vmap_rule_of_forward(dtype: torch.dtype, backend: str, device: str) -> None:
     """Batches at any dimension, of some operands only: what a loop over the samples gives."""
-    inputs = gaussian(3, 6, 4, seed=1, device=device)
-    targets = gaussian(6, 4, 3, seed=2, device=device)
-    inside, outside = gaussian(3, 4, seed=3, device=device), gaussian(6, 1, seed=4, device=device)
+    inputs, targets, inside, outside = (
+        gaussian(*shape, seed=seed, dtype=dtype, device=device)
+        for seed, shape in enumerate([(3, 6, 4), (6, 4, 3), (3, 4), (6, 1)])
+    )
     divisors = torch.tensor([2.0, 3.0, 4.0], device=device)
 
     for reduce in (True, False):
@@ -274,7 +276,8 @@ def test_vmap_rule_of_forward(backend: str, device: str) -> None:
         found = torch.func.vmap(one, (0, 2, 0, 0))(inputs, targets, inside, divisors)
         loop = [one(inputs[i], targets[..., i], inside[i], divisors[i]) for i in range(3)]
         for position, batch in enumerate(found):
-            torch.testing.assert_close(batch, torch.stack([sample[position] for sample in loop]))
+            stacked = torch.stack([sample[position] for sample in loop])
+            torch.testing.assert_close(batch, stacked, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduce", [False, True])
