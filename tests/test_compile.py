@@ -230,11 +230,16 @@ def test_runs_as_it_stands_where_the_compiler_gives_up(
 
 
 def test_no_grad_computes_no_gradient(triton_backend: str, device: str) -> None:
+    wanted: list[Any] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        wanted.extend(node.args[-2:] for node in graph.graph.nodes if str(node.target) == OPERATOR)
+        return graph.forward
+
     operands, options = make("plain", device=device)
-    compiled = _compiled()
     with torch.no_grad():
-        loss = compiled(*operands, **options)
-    assert not loss.requires_grad
+        loss = _compiled(backend=record)(*operands, **options)
+    assert wanted == [(False, False)]
     torch.testing.assert_close(loss, smooth_l1_loss(*operands, **options).detach())
 
 

@@ -224,22 +224,6 @@ def test_32_bits_where_they_are_enough(
     assert plan.is_long == (reach > INT32_MAX) or reach == INT32_MAX
 
 
-@pytest.mark.parametrize(
-    ("layout", "is_long"),
-    [
-        (_dense(2**31 - 1025), False),
-        (_dense(2**31 - 1024), True),
-        (_dense(2**31 - 100), True),
-        (((3, 4), (2**30, 1)), True),
-        (((2, 4), (2**31 - 1025, 1)), False),
-    ],
-    ids=str,
-)
-def test_largest_offsets(layout: Layout, is_long: bool, triton_backend: str) -> None:
-    """A tile of 1024 reaches beyond the last element, so that its bounds must not overflow."""
-    assert _plan(Walk(_dense(*layout[0])[1], True, (layout,), 4)).is_long == is_long
-
-
 @pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1])
 def test_blocks_cover_everything(numel: int, device: str, triton_backend: str) -> None:
     """Whole blocks, and the tail once: also where a 32-bit index of one more would overflow."""
