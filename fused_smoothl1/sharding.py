@@ -31,7 +31,7 @@ def _everywhere(*tensors: Any) -> Placements:
 
 
 @register_sharding(ops.FORWARD)
-def _(*arguments: Any) -> list[Rule]:
+def forward_rules(*arguments: Any) -> list[Rule]:
     """Every shard gives its part of the sum, because `divisor` and `count` are global."""
     *operands, divisor, beta = arguments[:6]
     reduce, _, needs_input, needs_target = arguments[-4:]
@@ -49,7 +49,7 @@ def _(*arguments: Any) -> list[Rule]:
 
 
 @register_sharding(ops.BACKWARD)
-def _(upstream: Any, *arguments: Any) -> list[Rule]:
+def backward_rules(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
     *operands, divisor, beta = arguments[:6]
     reduce, _, *needs = arguments[-6:]

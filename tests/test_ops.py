@@ -58,6 +58,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "nothing requires a gradient": {"requires_grad": ""},
     "both gradients": {"requires_grad": "input target", "inside": (6, 1)},
     "target alone": {"requires_grad": "target", "outside": (4,)},
+    "outside weights alone": {"outside": (4,), "requires_grad": "outside"},
     "row mask": {"inside": "rows"},
     "uint8 mask": {"inside": (4,), "outside": "uint8"},
     "trained weights": {
@@ -228,13 +229,17 @@ def _plain(problem: Problem) -> Tensor:
 
 
 @pytest.mark.parametrize("upstream", [1.5, float("inf"), float("nan")])
-def test_masks_exclude_whatever_arrives(upstream: float, backend: str, device: str) -> None:
+@pytest.mark.parametrize("name", ["row mask", "uint8 mask"])
+def test_masks_exclude_whatever_arrives(
+    name: str, upstream: float, backend: str, device: str
+) -> None:
     """A saved gradient of 0 would become NaN."""
-    problem = _named("row mask", device)
+    problem = _named(name, device)
     loss = FORWARD(*_forward_arguments(problem))[0]
     (gradient,) = torch.autograd.grad(loss, problem.input, torch.full_like(loss, upstream))
-    assert isinstance(problem.inside, Tensor)
-    assert (gradient == 0).all(1).tolist() == (~problem.inside).squeeze(1).tolist()
+    mask = problem.inside if name == "row mask" else problem.outside
+    assert isinstance(mask, Tensor)
+    assert torch.equal(gradient == 0, (mask == 0).expand_as(gradient))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
@@ -278,7 +283,17 @@ def test_second_order(reduce: bool, requires_grad: str, backend: str, device: st
     with backend_set("eager"):
         expected = second(_plain(problem))
     torch.testing.assert_close(found, expected)
-    assert all(bool(g.abs().sum() > 0) for g in found)
+    assert all(bool(g.abs().sum() > 0) and not g.requires_grad for g in found)
+
+
+def test_what_is_not_wanted_is_empty(backend: str, device: str) -> None:
+    """An operator has no optional results: these cost neither memory nor a launch."""
+    problem = _named("trained weights", device)
+    upstream, *flat = _backward_arguments(problem)[:-4]
+    _, *gradients = FORWARD(*flat, False, True)
+    gradients += BACKWARD(upstream, *flat, False, True, False, True)
+    sizes = [gradient.numel() for gradient in gradients]
+    assert sizes == [0, 24, 0, 24, 0, 1]
 
 
 def test_gradgradcheck(triton_backend: str, device: str) -> None:
