@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import fused_smoothl1
-from fused_smoothl1 import SmoothL1Loss, dispatch, eager, smooth_l1_loss
+from fused_smoothl1 import SmoothL1Loss, dispatch, eager, ops, smooth_l1_loss
+from fused_smoothl1.contract import Problem
 from tests.conftest import HAS_TRITON
 from tests.support import backend_set, gaussian
 
@@ -205,6 +206,17 @@ def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPat
     for device in ("mps", "cpu"):
         with backend_set("triton"), pytest.raises(RuntimeError, match=match):
             dispatch.backend_on(torch.device(device))
+
+
+def test_python_bool_is_a_mask_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would look for another device's memory on its own."""
+    problems: list[Problem] = []
+    monkeypatch.setattr(ops, "smooth_l1", problems.append)
+    input = torch.empty(6, 4, device="meta")
+    smooth_l1_loss(input, input, True, False)
+    for mask in (problems[0].inside, problems[0].outside):
+        assert isinstance(mask, torch.Tensor)
+        assert mask.is_meta
 
 
 def test_constants_of_eager_blocks_keep_no_dimensions() -> None:

@@ -23,8 +23,11 @@ SHAPE = (6, 4)
 
 def _raises(
     error: type[Exception], function: Callable[[], Any], *parts: str, either: tuple[str, ...] = ()
-) -> None:
-    """Assert that the function raises exactly this, with each of `parts` and one of `either`."""
+) -> str:
+    """Assert that the function raises exactly this, with each of `parts` and one of `either`.
+
+    Returns the message.
+    """
     with pytest.raises(error) as caught:
         function()
     assert type(caught.value) is error
@@ -32,6 +35,7 @@ def _raises(
     for part in parts:
         assert re.search(part, message), f"{message!r} does not say {part!r}"
     assert not either or any(re.search(part, message) for part in either), message
+    return message
 
 
 def _call(device: str, **changes: Any) -> Callable[[], Tensor]:
@@ -69,7 +73,10 @@ def test_weights_that_do_not_broadcast(
     shape: tuple[int, ...], name: str, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     call = _call(device, **{name: torch.ones(shape, dtype=dtype, device=device)})
-    _raises(ValueError, call, name, re.escape(str(shape)), re.escape(str(SHAPE)), "broadcast")
+    parts = (re.escape(str(shape)), re.escape(str(SHAPE)), "broadcast")
+    message = _raises(ValueError, call, name, *parts)
+    # The way out is shown to whom it helps.
+    assert (f"{name}[:, None]" in message) == (shape == SHAPE[:1])
 
 
 @pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
@@ -173,7 +180,7 @@ def test_beta_out_of_range(beta: float, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sigma", "beta"])
-@pytest.mark.parametrize("value", ["3", 1j, [1.0], torch.tensor(1.0)], ids=repr)
+@pytest.mark.parametrize("value", ["3", 1j, [1.0], True, torch.tensor(1.0)], ids=repr)
 def test_sigma_and_beta_are_numbers(value: Any, name: str, backend: str, device: str) -> None:
     """Also not tensors: the host would have to read them."""
     _raises(TypeError, _call(device, **{name: value}), name, type(value).__name__)
@@ -210,7 +217,7 @@ def test_normalizer_that_requires_a_gradient(backend: str, device: str) -> None:
     _raises(ValueError, call, "normalizer", "grad")
 
 
-@pytest.mark.parametrize("value", ["2", [2.0], 2j, np.ones(1)], ids=repr)
+@pytest.mark.parametrize("value", ["2", [2.0], 2j, True, np.ones(1)], ids=repr)
 def test_normalizer_that_is_no_number(value: Any, backend: str, device: str) -> None:
     call = _call(device, reduction="sum", normalizer=value)
     _raises(TypeError, call, "normalizer", type(value).__name__)
