@@ -55,7 +55,7 @@ class FakeGpu(threading.local):
         self.current = before
 
     def current_stream(self, device: torch.device) -> Any:
-        return SimpleNamespace(stream_id=self.stream)
+        return SimpleNamespace(stream_id=self.stream, device_index=device.index)
 
     def set_stream(self, stream: Any) -> None:
         self.stream = stream.stream_id

@@ -272,22 +272,30 @@ def test_a_new_sigma_compiles_no_kernel(
     assert [arguments[beta] for arguments in launched] == [1, 1 / 9, 16, 0, 1e-38, 1]
 
 
+@pytest.mark.parametrize("needed", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_float16(reduction: str, backend: str, device: str) -> None:
+def test_float16(reduction: str, needed: tuple[int, ...], backend: str, device: str) -> None:
     """A GradScaler's upstream gradient is inside before the one rounding to float16."""
     n = 4096
-    input = gaussian(n, seed=1, scale=1e-2, dtype=torch.float16, device=device, requires_grad=True)
-    target = gaussian(n, seed=2, scale=1e-2, dtype=torch.float16, device=device)
+    input, target = pair = [
+        gaussian(
+            n, seed=i, scale=1e-2, dtype=torch.float16, device=device, requires_grad=i in needed
+        )
+        for i in range(2)
+    ]
     scale = 65536.0 if reduction == "mean" else 1.0
     weights = 2.0**-10
     loss = _compiled()(input, target, None, weights, reduction=reduction)
     assert loss.dtype == (torch.float32 if reduction == "mean" else torch.float16)
-    (gradient,) = torch.autograd.grad(loss, input, torch.full_like(loss, scale))
-    assert gradient.dtype == torch.float16
+    sources = [pair[i] for i in needed]
+    gradients = torch.autograd.grad(loss, sources, torch.full_like(loss, scale))
     # Quadratic all over: the gradient is the weighted difference, times the upstream gradient.
     divisor = n if reduction == "mean" else 1
-    exact = (input.detach().double() - target.double()) * weights * scale / divisor
-    assert_near("gradient", gradient, exact.cpu().numpy(), computed_in=torch.float32)
+    exact = (input.detach().double() - target.detach().double()) * weights * scale / divisor
+    for i, gradient in zip(needed, gradients, strict=True):
+        assert gradient.dtype == torch.float16
+        expected = (-exact if i else exact).cpu().numpy()
+        assert_near("gradient", gradient, expected, computed_in=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -332,10 +340,12 @@ def test_empty(backend: str, device: str) -> None:
     assert input.grad.shape == (0, 4)
 
 
-def test_errors_stay_errors(backend: str, device: str) -> None:
+@pytest.mark.parametrize("shape", [(3, 4), (2,), (2, 4, 1), ()], ids=str)
+def test_errors_stay_errors(shape: tuple[int, ...], backend: str, device: str) -> None:
     compiled = torch.compile(smooth_l1_loss, backend="aot_eager")
-    with pytest.raises(Exception, match=r"target must have input's shape.*\(3, 4\).*\(2, 4\)"):
-        compiled(torch.zeros(2, 4, device=device), torch.zeros(3, 4, device=device))
+    match = rf"target must have input's shape.*{re.escape(str(shape))}.*\(2, 4\)"
+    with pytest.raises(Exception, match=match):
+        compiled(torch.zeros(2, 4, device=device), torch.zeros(shape, device=device))
 
 
 def test_two_losses_in_one_graph(backend: str, device: str) -> None:

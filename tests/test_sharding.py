@@ -64,6 +64,7 @@ def _whole(parts: tuple[Tensor, ...], placement: Any) -> Tensor:
     if placement.is_partial():
         return torch.stack(parts).sum(0)
     if placement.is_shard():
+        assert placement.dim < parts[0].dim(), "what is not wanted has one dimension"
         return torch.cat(parts, placement.dim)
     assert all(torch.equal(part, parts[0]) for part in parts), "the ranks differ"
     return parts[0]
