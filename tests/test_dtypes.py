@@ -240,3 +240,16 @@ def test_gradient_narrower_than_the_loss(dtype: torch.dtype, backend: str, devic
     input = torch.tensor([0.0, 1.0, -3.0], dtype=dtype, device=device, requires_grad=True)
     target = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, device=device)
     check(input, target, None, 1e-45, reduction="sum", upstream=1e45)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float64_is_rounded_to_16_bits_by_float32(
+    dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """As PyTorch rounds it: what is hardly above the middle of two numbers goes to the even one."""
+    eps = torch.finfo(dtype).eps
+    weight = torch.tensor([1 + eps / 2 + 2.0**-40], dtype=torch.float64, device=device)
+    input = torch.full((1,), 9.0, dtype=dtype, device=device, requires_grad=True)
+    loss = smooth_l1_loss(input, torch.zeros_like(input), None, weight, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, input)
+    assert torch.equal(gradient, weight.to(dtype))

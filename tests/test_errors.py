@@ -262,9 +262,11 @@ def test_options_are_keywords_and_unknown_ones_raise(keywords: Any, device: str)
         smooth_l1_loss(operand, operand, None, None, 3.0)  # type: ignore[call-arg]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 @pytest.mark.parametrize("name", ["input", "target", "inside_weights", "outside_weights"])
-def test_sparse(name: str, backend: str, device: str) -> None:
-    call = _call(device, **{name: torch.ones(SHAPE, device=device).to_sparse()})
+def test_sparse(name: str, layout: torch.layout, backend: str, device: str) -> None:
+    call = _call(device, **{name: torch.ones(SHAPE, device=device).to_sparse(layout=layout)})
     _raises(TypeError, call, name, "sparse", "dense")
 
 

@@ -85,6 +85,30 @@ def test_vmap_with_masks(backend: str, device: str) -> None:
         )
 
 
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["inside", "outside"])
+def test_masks_exclude_the_other_weights_too(
+    name: str, unknown: float, backend: str, device: str
+) -> None:
+    """Nothing of theirs is in the loss, nor in gradients of any order."""
+    input, target, _, _ = _four(device)
+    mask = coin(6, 1, seed=9, device=device)
+    weights = gaussian(6, 1, seed=8, dtype=torch.float64, device=device)
+
+    def loss(x: Tensor, weights: Tensor) -> Tensor:
+        pair = (weights, mask) if name == "inside" else (mask, weights)
+        return smooth_l1_loss(x, target, pair[0], pair[1], beta=0.5)
+
+    def penalty(x: Tensor, weights: Tensor) -> Tensor:
+        gradient: Tensor = grad(loss)(x, weights)
+        return gradient.square().sum()
+
+    poisoned = torch.where(mask, weights, unknown)
+    for function in (loss, penalty):
+        both = grad_and_value(function, argnums=(0, 1))
+        torch.testing.assert_close(both(input, poisoned), both(input, weights * mask))
+
+
 def test_vmap_of_grad(backend: str, device: str) -> None:
     """Gradients per sample, of which differential privacy and influence functions are made."""
     model = torch.nn.Linear(4, 4).double().to(device)
