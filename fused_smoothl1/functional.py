@@ -16,7 +16,6 @@ from fused_smoothl1.contract import (
     MASK_DTYPES,
     NOTHING,
     SYMBOLS,
-    is_static,
     make_problem,
     may_hold,
 )
@@ -288,9 +287,7 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
                 f"normalizer must be a finite number above 0, got {normalizer}: "
                 "max(n, 1) serves for a count that may be 0"
             )
-        # An integer that is a symbol stays one: the operators take it as it is.
-        is_symbol = isinstance(normalizer, (int, torch.SymInt)) and not is_static(normalizer)
-        return normalizer if is_symbol else chosen
+        return chosen
     if normalizer.dim() != 0:
         raise ValueError(
             "normalizer must be a number or a tensor without dimensions, "

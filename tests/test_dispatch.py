@@ -102,6 +102,21 @@ def test_use_on_the_cpu_does_not_import_triton() -> None:
     )
 
 
+def test_rules_of_dtensor_are_registered_where_it_is_in_use() -> None:
+    """To import it takes a second, which nobody else should wait for."""
+    _succeeds(
+        """
+import sys
+from fused_smoothl1 import ops
+ops._register_sharding()
+assert not {"torch.distributed.tensor", "fused_smoothl1.sharding"} & set(sys.modules)
+import torch.distributed.tensor
+ops._register_sharding()
+assert "fused_smoothl1.sharding" in sys.modules
+"""
+    )
+
+
 @pytest.mark.parametrize("choice", ["auto", "eager"])
 def test_works_where_triton_cannot_be_imported(choice: str) -> None:
     _succeeds(NO_TRITON + USE, FUSED_SMOOTHL1_BACKEND=choice)

@@ -10,6 +10,7 @@ The shapes, and what each is for:
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,20 @@ def test_normalizer(normalizer: Any, upstream: float, backend: str, device: str)
         normalizer=normalizer,
         upstream=upstream,
     )
+
+
+@pytest.mark.parametrize("kind", [int, Fraction, np.float32, np.int64])
+def test_numbers_of_any_kind(kind: Any, backend: str, device: str) -> None:
+    """Whatever is a real number to Python serves wherever a number does."""
+    pair = gaussian(9, 4, seed=1, device=device), gaussian(9, 4, seed=2, device=device)
+
+    def losses(number: Any) -> list[Tensor]:
+        return [
+            smooth_l1_loss(*pair, number(2), number(3), sigma=number(2)),
+            smooth_l1_loss(*pair, beta=number(2), reduction="sum", normalizer=number(5)),
+        ]
+
+    torch.testing.assert_close(losses(kind), losses(float), rtol=0, atol=0)
 
 
 # Weights that broadcast to (4, 3, 5, 7), by what they are.

@@ -61,7 +61,7 @@ def _parts(argument: Any, placement: Any) -> tuple[Any, ...]:
 
 
 def _whole(parts: tuple[Tensor, ...], placement: Any) -> Tensor:
-    if placement.is_partial():
+    if placement.is_partial("sum"):
         return torch.stack(parts).sum(0)
     if placement.is_shard():
         assert placement.dim < parts[0].dim(), "what is not wanted has one dimension"
