@@ -21,7 +21,6 @@ MULTIPROCESSORS = 10
 class Launch(NamedTuple):
     """A launch that was asked for."""
 
-    kernel: str
     programs: int
     arguments: dict[str, Any]
     options: dict[str, Any]
@@ -71,8 +70,7 @@ class FakeGpu(threading.local):
 
         def launch(grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             named = dict(zip(function.arg_names, arguments, strict=True))
-            name = function.fn.__name__
-            self.launches.append(Launch(name, grid[0], named, options, self.current))
+            self.launches.append(Launch(grid[0], named, options, self.current))
 
         class Kernel:
             def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
@@ -83,7 +81,7 @@ class FakeGpu(threading.local):
 
 @contextmanager
 def fake_gpu(warp_size: int = 32) -> Iterator[FakeGpu]:
-    """Let the launcher see GPUs of any number, and all new tensors be fake ones."""
+    """Let the launcher see as many GPUs as it asks for, and make all new tensors fake ones."""
     from fused_smoothl1 import launch
 
     module, mode = FakeGpu([], []), fake_tensor.FakeTensorMode()

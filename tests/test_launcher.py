@@ -25,7 +25,6 @@ on_interpreter = pytest.mark.skipif(
 )
 
 INPUT = (True, False, False, False)
-BOTH = (True, True, False, False)
 SEVERAL = 100_000  # elements, of several programs
 
 
