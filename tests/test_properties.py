@@ -195,7 +195,7 @@ def _agree(call: Call) -> None:
             assert_same(name, kernel[name], value)
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(call=calls())
 def test_eager_is_the_oracle(call: Call, device: str, eager_backend: str) -> None:
     _evaluate(_on(device, call))
