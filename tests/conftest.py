@@ -38,6 +38,9 @@ def _has_interpreter() -> bool:
 
 # On a GPU the kernel is compiled; what runs on the CPU there too still needs the interpreter.
 HAS_INTERPRETER = _has_interpreter()
+on_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
+)
 NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
 
 hypothesis.settings.register_profile(

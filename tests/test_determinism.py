@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from tests.conftest import on_interpreter
 from tests.support import coin, gaussian
 
 # Elements: more tiles of any type than the interpreter has programs, and a tail.
@@ -21,9 +22,6 @@ SEVERAL = 5_011
 
 on_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="waits for a CUDA GPU: programs that run at once"
-)
-on_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
 )
 
 

@@ -5,12 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER
+from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER, on_interpreter
 
 pytestmark = [
-    pytest.mark.skipif(
-        torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
-    ),
+    on_interpreter,
     pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER),
 ]
 

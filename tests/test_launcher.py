@@ -14,15 +14,11 @@ from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.contract import NOTHING, make_problem
-from tests.conftest import HAS_TRITON
+from tests.conftest import HAS_TRITON, on_interpreter
 from tests.fake_gpu import MULTIPROCESSORS, FakeGpu, Launch, fake_gpu
 from tests.support import gaussian
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
-
-on_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
-)
 
 INPUT = (True, False, False, False)
 SEVERAL = 100_000  # elements, of several programs

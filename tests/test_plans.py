@@ -16,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import on_interpreter
+
 Ints = tuple[int, ...]
 Layout = tuple[Ints, Ints]
 INT32_MAX = 2**31 - 1
@@ -103,9 +105,7 @@ def _loaded(plan: Any, access: Any, numel: int, extent: int) -> npt.NDArray[np.i
     return found.numpy().astype(np.int64)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
-)
+@on_interpreter
 @given(walk=walks())
 def test_every_element_is_found(walk: Walk, triton_backend: str) -> None:
     """In the order of the outputs where there are any; otherwise in one order for all operands."""
