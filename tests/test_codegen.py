@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from bench.crosscompile import TARGETS
+from bench.codegen.crosscompile import TARGETS
 from tests.conftest import HAS_TRITON
 
-Row = dict[str, Any]
+Kernel = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 # A multiprocessor has 65536 registers: six programs of 128 threads keep their loads in flight.
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed 
 
 
 @pytest.fixture(scope="module")
-def table() -> list[Row]:
+def table() -> list[Kernel]:
     """Compile everything, in processes of their own: this one may have Triton's interpreter."""
     command = [sys.executable, "-m", "bench", "codegen", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -36,70 +36,70 @@ def table() -> list[Row]:
     # 1 is what it returns where it finds something, which the tests then name.
     assert done.returncode in (0, 1), done.stderr
     assert done.stdout, done.stderr
-    rows: list[Row] = json.loads(done.stdout)
-    return rows
+    kernels: list[Kernel] = json.loads(done.stdout)
+    return kernels
 
 
 @pytest.fixture(params=TARGETS)
-def rows(request: pytest.FixtureRequest, table: list[Row]) -> list[Row]:
-    """Return the variants on one target."""
-    found = [row for row in table if row["target"] == request.param]
+def kernels(request: pytest.FixtureRequest, table: list[Kernel]) -> list[Kernel]:
+    """Return the kernels on one target."""
+    found = [kernel for kernel in table if kernel["target"] == request.param]
     assert found, "the target is in the table"
     if found[0]["unknown"] is not None:
         pytest.skip(f"the installed Triton does not know it: {found[0]['unknown']}")
     return found
 
 
-def test_current_targets_are_known(table: list[Row]) -> None:
+def test_current_targets_are_known(table: list[Kernel]) -> None:
     """A change in Triton that this stumbles over is not mistaken for a target that it gave up."""
-    unknown = {row["target"]: row["unknown"] for row in table if row["unknown"] is not None}
+    unknown = {k["target"]: k["unknown"] for k in table if k["unknown"] is not None}
     assert not unknown.keys() & {"sm_80", "sm_90", "sm_100", "gfx942"}, unknown
 
 
-def test_every_kind_of_launch(rows: list[Row]) -> None:
-    roles = {row["variant"].rpartition(": ")[2] for row in rows}
+def test_every_kind_of_launch(kernels: list[Kernel]) -> None:
+    roles = {kernel["call"].rpartition(": ")[2] for kernel in kernels}
     assert roles == {"forward", "backward", "refresh", "rescale"}
-    kinds = {kind for row in rows for kind in row["access"].split()}
+    kinds = {kind for kernel in kernels for kind in kernel["access"].split()}
     assert kinds >= {"scalar", "flat", "row", "vector", "strided"}
 
 
-def test_no_spill(rows: list[Row]) -> None:
-    assert {_name(row): row["spills"] for row in rows if row["spills"]} == {}
+def test_no_spill(kernels: list[Kernel]) -> None:
+    assert {_name(kernel): kernel["spills"] for kernel in kernels if kernel["spills"]} == {}
 
 
-def test_full_width(rows: list[Row]) -> None:
+def test_full_width(kernels: list[Kernel]) -> None:
     """Every access of a dense operand in the hot loop is as wide as the layout allows."""
     columns = ("loads", "full_loads", "stores", "full_stores")
-    narrow = {_name(r): [r[column] for column in columns] for r in rows if not r["vectorized"]}
+    narrow = {_name(k): [k[column] for column in columns] for k in kernels if not k["vectorized"]}
     assert narrow == {}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_dense_operands_of_odd_size(dtype: str, rows: list[Row]) -> None:
+def test_dense_operands_of_odd_size(dtype: str, kernels: list[Kernel]) -> None:
     """The layout allows 128 bits here, whatever the size, and nothing else is accessed."""
-    dense = [r for r in rows if r["dtype"] == dtype and r["variant"].startswith("dense")]
+    dense = [k for k in kernels if k["dtype"] == dtype and k["call"].startswith("dense")]
     assert dense
-    for row in dense:
-        assert set(row["access"].split()) <= {"flat", "scalar", "-"}, _name(row)
-        assert {*row["loads"], *row["stores"]} == {"128"}, _name(row)
+    for kernel in dense:
+        assert set(kernel["access"].split()) <= {"flat", "scalar", "-"}, _name(kernel)
+        assert {*kernel["loads"], *kernel["stores"]} == {"128"}, _name(kernel)
 
 
-def test_occupancy(rows: list[Row]) -> None:
-    vendor = "sm" if rows[0]["target"].startswith("sm") else "gfx"
+def test_occupancy(kernels: list[Kernel]) -> None:
+    vendor = "sm" if kernels[0]["target"].startswith("sm") else "gfx"
     most = MOST_REGISTERS[vendor]
-    assert {_name(r): r["registers"] for r in rows if r["registers"] > most} == {}
+    assert {_name(k): k["registers"] for k in kernels if k["registers"] > most} == {}
 
 
-def test_ticket(rows: list[Row]) -> None:
+def test_ticket(kernels: list[Kernel]) -> None:
     """The partial is stored, then the program waits, then releases it; who draws last reads it."""
-    with_ticket = [row for row in rows if row["atomics"]]
-    assert any(row["dtype"] == "float16" for row in with_ticket)
-    for row in with_ticket:
-        assert len(row["atomics"]) == 1, _name(row)
-        assert "add" in row["atomics"][0].lower(), _name(row)
-        assert "f32" not in row["atomics"][0].lower(), "no sum depends on the order of arrival"
-        assert row["ticket"] == TICKET, _name(row)
+    with_ticket = [kernel for kernel in kernels if kernel["atomics"]]
+    assert any(kernel["dtype"] == "float16" for kernel in with_ticket)
+    for kernel in with_ticket:
+        assert len(kernel["atomics"]) == 1, _name(kernel)
+        assert "add" in kernel["atomics"][0].lower(), _name(kernel)
+        assert "f32" not in kernel["atomics"][0].lower(), "no sum depends on the order of arrival"
+        assert kernel["ticket"] == TICKET, _name(kernel)
 
 
-def _name(row: Row) -> str:
-    return f"{row['dtype']} {row['variant']}"
+def _name(kernel: Kernel) -> str:
+    return f"{kernel['dtype']} {kernel['call']}"

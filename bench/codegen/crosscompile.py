@@ -5,13 +5,12 @@ driver that only knows its target stands in for the GPU's, and what would be lau
 instead.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+# Triton's backend, architecture, and threads in a warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_75": ("cuda", 75, 32),
     "sm_80": ("cuda", 80, 32),
@@ -23,7 +22,6 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
     "gfx1100": ("hip", "gfx1100", 32),
 }
-"""Triton's backend, architecture, and threads in a warp."""
 
 
 class Launch(NamedTuple):
@@ -43,13 +41,22 @@ def launches(call: Callable[[], object], target: str) -> list[Launch]:
     The environment must ask for the Triton backend, and for no interpreter. The process keeps the
     stand-in driver: it is for workers.
     """
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     from fused_smoothl1 import dispatch, launch
 
-    driver.set_active(_Driver(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
+    # Triton keeps what it compiled by device: another one for every target.
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget(*TARGETS[target]),
+            get_current_device=lambda: list(TARGETS).index(target),
+            get_current_stream=lambda device: 0,
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
+    )
     recorded: list[Launch] = []
     kernels = {
         name: _Recorder(value, recorded)
@@ -70,32 +77,6 @@ def launches(call: Callable[[], object], target: str) -> list[Launch]:
     return recorded
 
 
-@contextmanager
-def translated_once() -> Iterator[None]:
-    """Let Triton translate a kernel's Python for the first target only.
-
-    It is the same for all targets of one backend, and takes a third of the time.
-    """
-    from triton._C.libtriton import ir
-    from triton.compiler import ASTSource
-
-    make_ir = ASTSource.make_ir
-
-    def make_ir_once(source: Any, *arguments: Any) -> Any:
-        path = Path(folder) / f"{source.hash()}.ttir"
-        if not path.exists():
-            module = make_ir(source, *arguments)
-            path.write_text(str(module))
-            return module
-        context = arguments[-1]
-        module = ir.parse_mlir_module(str(path), context)
-        module.context = context  # Which must live as long.
-        return module
-
-    with TemporaryDirectory() as folder, mock.patch.object(ASTSource, "make_ir", make_ir_once):
-        yield
-
-
 def _check_that_target_is_known() -> None:
     import triton
 
@@ -107,29 +88,6 @@ def _check_that_target_is_known() -> None:
         nothing.warmup(grid=(1,), enable_fp_fusion=False)
     except Exception as error:
         raise UnknownTargetError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-
-
-class _Driver:
-    """What Triton asks of a driver before it launches."""
-
-    def __init__(self, target: Any, device: int) -> None:
-        self.target = target
-        self.device = device
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device: another one for every target.
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> Any:
-        import torch
-
-        return torch.device("cpu")
 
 
 class _Recorder:

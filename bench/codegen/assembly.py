@@ -16,6 +16,7 @@ from typing import Any
 
 # Access widths by AMD's names, in bits.
 AMD_WIDTHS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+ATOMIC = r"ATOM(G|\b)|RED\b|(global|buffer|flat)_atomic_"
 # NVIDIA prints code one instruction in 16 bytes.
 INSTRUCTION_BYTES = 16
 
@@ -24,12 +25,9 @@ INSTRUCTION_BYTES = 16
 class Instruction:
     """One machine instruction."""
 
-    opcode: str
-    """With its suffixes, without a predicate."""
-    text: str
-    """All of it."""
-    target: int | None = None
-    """The position in the list to which it may branch."""
+    opcode: str  # with its suffixes, without a predicate
+    text: str  # all of it
+    target: int | None = None  # the position in the list to which it may branch
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,9 @@ class Code:
     """One compiled kernel."""
 
     instructions: list[Instruction]
-    registers: int
-    """Vector registers a thread."""
-    spills: int
-    """Accesses to the stack (NVIDIA), or registers spilled (AMD)."""
-    stack: int
-    """Bytes of stack a thread, which may be reserved and not used."""
+    registers: int  # vector registers a thread
+    spills: int  # accesses to the stack (NVIDIA), or registers spilled (AMD)
+    stack: int  # bytes of it a thread, which may be reserved and not used
 
 
 def read_cubins(cubins: Sequence[bytes], arch: int) -> list[Code]:
@@ -69,7 +64,7 @@ def read_cubins(cubins: Sequence[bytes], arch: int) -> list[Code]:
         start += len(text)
         usage = _tool("cuobjdump", cubin, "-res-usage")
         registers, stack = (int(_search(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
-        codes.append(Code(instructions, registers, count(instructions, r"LDL|STL"), stack))
+        codes.append(Code(instructions, registers, len(_find(instructions, r"LDL|STL")), stack))
     return codes
 
 
@@ -127,15 +122,9 @@ def stores(instructions: Iterable[Instruction]) -> Counter[int]:
     return _accesses(instructions, r"STG\b|ST\.|(global|buffer|flat)_store_")
 
 
-def count(instructions: Iterable[Instruction], opcode: str) -> int:
-    """Count the instructions whose opcode begins with this pattern."""
-    return sum(re.match(opcode, instruction.opcode) is not None for instruction in instructions)
-
-
 def atomics(code: Code) -> list[str]:
     """Return the opcodes of the atomic operations on global memory."""
-    pattern = r"ATOM(G|\b)|RED\b|(global|buffer|flat)_atomic_"
-    return [i.opcode for i in code.instructions if re.match(pattern, i.opcode)]
+    return [code.instructions[at].opcode for at in _find(code.instructions, ATOMIC)]
 
 
 def ticket_steps(code: Code) -> list[str]:
@@ -146,22 +135,21 @@ def ticket_steps(code: Code) -> list[str]:
     holds; "past L1": every load that follows ignores that cache, or is after its invalidation. All
     six are needed.
     """
-    code_list = code.instructions
-    at = _find(code_list, r"ATOM(G|\b)|RED\b|(global|buffer|flat)_atomic_", 0)
-    if at is None:
+    tickets = _find(code.instructions, ATOMIC)
+    if not tickets:
         return []
-    store = _rfind(code_list, r"STG\b|(global|buffer|flat)_store_", at)
-    steps = ["store"] if store is not None else []
-    between = code_list[0 if store is None else store + 1 : at]
-    steps += ["barrier"] if count(between, r"BAR\.|s_barrier") else []
+    before, after = code.instructions[: tickets[0]], code.instructions[tickets[0] + 1 :]
+    stored = [at for at, instruction in enumerate(before) if stores([instruction])]
+    steps = ["store"] if stored else []
+    between = before[stored[-1] + 1 :] if stored else before
+    steps += ["barrier"] if _find(between, r"BAR\.|s_barrier") else []
     steps += ["release"] if any(map(_is_release, between)) else []
     steps.append("ticket")
-    after = code_list[at + 1 :]
-    first_load = _find(after, r"LDG\b|(global|buffer|flat)_load_", 0)
-    read = [i for i in after if loads([i])]
-    acquires = count(after[:first_load], r"CCTL\.IVALL|buffer_inv|buffer_gl0_inv|buffer_wbinvl1")
+    read = [instruction for instruction in after if loads([instruction])]
+    until_read = after[: after.index(read[0])] if read else after
+    acquires = _find(until_read, r"CCTL\.IVALL|buffer_inv|buffer_gl0_inv|buffer_wbinvl1")
     steps += ["acquire"] if acquires else []
-    if read and all(_is_past_l1(i, acquires > 0) for i in read):
+    if read and all(_is_past_l1(instruction, bool(acquires)) for instruction in read):
         steps.append("past L1")
     return steps
 
@@ -231,11 +219,6 @@ def _search(pattern: str, text: str) -> str:
     return found[1]
 
 
-def _find(instructions: Sequence[Instruction], opcode: str, start: int) -> int | None:
-    positions = range(start, len(instructions))
-    return next((i for i in positions if re.match(opcode, instructions[i].opcode)), None)
-
-
-def _rfind(instructions: Sequence[Instruction], opcode: str, end: int) -> int | None:
-    positions = reversed(range(end))
-    return next((i for i in positions if re.match(opcode, instructions[i].opcode)), None)
+def _find(instructions: Sequence[Instruction], opcode: str) -> list[int]:
+    """Return the positions of the instructions whose opcode begins with this pattern."""
+    return [at for at, one in enumerate(instructions) if re.match(opcode, one.opcode)]

@@ -1,0 +1,102 @@
+"""A call for every kind of launch: every float dtype, access, kind of weight and role of a launch.
+
+It is the one catalogue of them: `python -m bench codegen` compiles it, and the tests run it, under
+compute-sanitizer and in CUDA graphs too. What makes the launcher pick something new belongs here.
+Kinds that do not touch each other share a call, so that all are compiled in under a minute. Most
+are in float32; what another type changes is repeated in it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# Only who makes a call needs PyTorch, not who lists them.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LONG = 2**31 + 65539  # more elements than an int32 can count
+
+Make = Callable[..., "Tensor"]  # of the sizes given, and of the type named `dtype`
+
+
+class Operand(NamedTuple):
+    """A tensor to be made, and what is then seen of it."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    view: Callable[[Any], Any] = lambda tensor: tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward and backward: operands in the order of the loss's arguments, and its options.
+
+    The first `wanted` operands require a gradient.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    wanted: int = 1
+    reduction: str = "mean"
+    normalizer: str | None = None  # the type of a tensor on the device
+    sigma: float = 3.0
+
+    def bind(self, make: Make) -> tuple[list["Tensor"], dict[str, Any]]:
+        """Make the operands and the options."""
+        operands = [o.view(make(*o.shape, dtype=o.dtype)).detach() for o in self.operands]
+        for operand in operands[: self.wanted]:
+            operand.requires_grad_()
+        normalizer = None if self.normalizer is None else make(dtype=self.normalizer)
+        options = {"reduction": self.reduction, "sigma": self.sigma, "normalizer": normalizer}
+        return operands, options
+
+    @property
+    def dtype(self) -> str:
+        """The types of input and target, named once if they are the same."""
+        return ", ".join(dict.fromkeys(operand.dtype for operand in self.operands[:2]))
+
+
+def calls(rows: int) -> list[Call]:
+    """Return the calls, on boxes (rows, 4) or near that."""
+
+    def of(*shape: int, dtype: str = "float32") -> Operand:
+        return Operand(shape, dtype)
+
+    flat = 4 * rows - 1  # divisible by nothing that a wide access needs
+    channels_last = Operand((2, 32, 34, 4), view=lambda maps: maps.permute(0, 3, 1, 2))
+    planes, pixels = of(2, 4, 32, 34), of(2, 1, 32, 34)  # of sizes that a wide access divides
+    columns = Operand((rows, 8), view=lambda wide: wide[:, :4])
+    every_other = Operand((rows, 8), view=lambda wide: wide[:, ::2])
+    transposed = Operand((4, rows), view=lambda turned: turned.t())
+    unaligned = Operand((1000,), view=lambda longer: longer[1:])
+    halves, brains = of(flat, dtype="float16"), of(flat, dtype="bfloat16")
+
+    def row_mask(dtype: str, normalizer: str) -> Call:
+        boxes, mask = of(rows, 4, dtype=dtype), of(rows, 1, dtype="bool")
+        name = f"row mask, {normalizer} normalizer"
+        return Call(name, (boxes, boxes, mask), reduction="sum", normalizer=normalizer)
+
+    return [
+        Call("dense", 4 * (of(flat),)),
+        Call("dense, elementwise", 4 * (of(flat),), reduction="none"),
+        row_mask("float32", "int64"),
+        Call("element mask", (of(rows, 4), of(rows, 4), of(rows, 4, dtype="uint8"))),
+        Call("rows of 5", (of(rows, 5), of(rows, 5), of(5), of(rows, 1)), reduction="batchmean"),
+        Call(
+            "channels_last, channel and pixel weights",
+            (channels_last, channels_last, of(1, 4, 1, 1), pixels),
+        ),
+        Call("planes, channels_last target, pixel weights", (planes, channels_last, pixels)),
+        Call("unaligned, one program", (unaligned, unaligned)),
+        Call("slice of columns, no gradient", (columns, columns), wanted=0),
+        Call("every other column, transposed target", (every_other, transposed)),
+        Call("dense, both gradients", (of(flat), brains), wanted=2),
+        Call("dense", 4 * (brains,)),
+        Call("dense", 4 * (halves,)),
+        Call("dense, all gradients", 4 * (of(flat, dtype="float64"),), wanted=4),
+        row_mask("bfloat16", "float32"),
+    ]
+
+
+# (Memory that is never touched is never there.)
+LONG_CALL = Call("dense, long, no weights", 2 * (Operand((LONG,)),))

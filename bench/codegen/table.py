@@ -1,0 +1,265 @@
+"""`python -m bench codegen`: the machine code of every kind of launch, without a GPU.
+
+Each kernel is asked for through the public function and compiled as for a launch, and its machine
+code is read.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+from bench.codegen import assembly
+from bench.codegen.calls import LONG_CALL, Call, calls
+from bench.codegen.crosscompile import TARGETS, Launch, UnknownTargetError, launches
+
+# Only the workers load PyTorch and Triton: who shows the table waits for them and not for itself.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CALLS = [*calls(rows=16385), LONG_CALL]  # of several tiles, and a tail
+PROCESSES = 2
+WIDEST_BITS = 128
+OPERANDS = ("input", "target", "inside", "outside", "upstream")
+GRADIENTS = ("grad_input", "grad_target", "grad_inside", "grad_outside")
+HEADINGS = ("loads", "full", "stores", "full", "vectorized", "atomics", "ticket")
+EXPLANATION = (
+    "Registers a thread; shared memory in bytes a program. Loads and stores: how many of how many\n"
+    "bits a thread makes to global memory in one iteration of the loop over whole tiles. Full:\n"
+    "those of dense operands, each as wide as the layout allows. Ticket: the steps around the\n"
+    "atomic operation that ends a reduction, in their order."
+)
+
+
+@dataclass
+class Kernel:
+    """One kernel on one target. What is counted in the hot loop is counted a thread."""
+
+    target: str
+    dtype: str = ""
+    call: str = ""  # which one asked for it, and what for
+    unknown: str | None = None  # why Triton cannot compile for this target; else there is the rest
+    registers: int = 0  # a thread's (vector) registers
+    spills: int = 0  # accesses to spilled registers, or registers spilled; 0 if there are none
+    stack: int = 0  # bytes of it a thread; without spills they are reserved and not used
+    shared: int = 0  # bytes of shared memory a program
+    threads: int = 0  # in a program
+    access: str = ""  # how `OPERANDS` are reached, in their order; "-" without one
+    loads: dict[int, int] = field(default_factory=dict)  # in the hot loop, by width in bits
+    stores: dict[int, int] = field(default_factory=dict)
+    full_loads: dict[int, int] = field(default_factory=dict)  # dense ones, as wide as can be
+    full_stores: dict[int, int] = field(default_factory=dict)
+    vectorized: bool = False  # the dense operands are accessed so, and nothing more often than that
+    atomics: list[str] = field(default_factory=list)  # opcodes
+    ticket: list[str] = field(default_factory=list)  # `assembly.ticket_steps`
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a kernel, to be read."""
+
+    kernel: Kernel
+    hash: str = ""
+    binary: Any = None  # NVIDIA's cubin, or AMD's assembly text
+    other_loads: int = 0  # in the hot loop, which the operands need that are not dense
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile everything and print it; return 1 if a dense loop is not full width or spills."""
+    parser = argparse.ArgumentParser(prog="python -m bench codegen", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print it as JSON, nothing else")
+    as_json = parser.parse_args(arguments).json
+    kernels = compile_all() if as_json else _show()
+    if as_json:
+        print(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
+    return int(any(k.unknown is None and (k.spills or not k.vectorized) for k in kernels))
+
+
+def compile_all() -> list[Kernel]:
+    """Compile all calls for all targets."""
+    # Workers are fresh interpreters. Triton reads this when it is imported.
+    environment = {"FUSED_SMOOTHL1_BACKEND": "triton", "TRITON_INTERPRET": "0"}
+    with (
+        mock.patch.dict(os.environ, environment),
+        ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
+    ):
+        compiling = {
+            target: [pool.submit(_compile, target, number) for number in range(len(CALLS))]
+            for target in TARGETS
+        }
+        reading = []
+        for target, futures in compiling.items():
+            # Each kernel once, and all of a target together: NVIDIA's disassembler takes long to
+            # start.
+            own: dict[str, Compiled] = {}
+            for compiled in (compiled for future in futures for compiled in future.result()):
+                own.setdefault(compiled.hash, compiled)
+            reading.append(pool.submit(_read, target, list(own.values())))
+        return [kernel for future in reading for kernel in future.result()]
+
+
+def _compile(target: str, number: int) -> list[Compiled]:
+    """Compile one of the calls for a target. Runs in a worker."""
+    import torch
+
+    from fused_smoothl1 import smooth_l1_loss
+
+    call = CALLS[number]
+
+    def differentiate() -> None:
+        operands, options = call.bind(
+            lambda *shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype))
+        )
+        loss = smooth_l1_loss(*operands, **options)
+        wanted = operands[: call.wanted]
+        if wanted:
+            torch.autograd.grad(loss, wanted, torch.empty_like(loss))
+
+    try:
+        return [_compiled(target, call, launch) for launch in launches(differentiate, target)]
+    except UnknownTargetError as error:
+        return [Compiled(Kernel(target, unknown=str(error)))]
+
+
+def _compiled(target: str, call: Call, launch: Launch) -> Compiled:
+    arguments, result = launch
+    threads = result.metadata.num_warps * TARGETS[target][2]
+    full_loads, full_stores, other_loads = _full_width(arguments, threads)
+    kernel = Kernel(
+        target,
+        call.dtype,
+        f"{call.name}: {_role(arguments)}",
+        shared=result.metadata.shared,
+        threads=threads,
+        access=" ".join(arguments.get(name.upper()) or "-" for name in OPERANDS),
+        full_loads=_widest_first(full_loads),
+        full_stores=_widest_first(full_stores),
+    )
+    binary = result.asm["amdgcn" if "amdgcn" in result.asm else "cubin"]
+    return Compiled(kernel, result.hash, binary, other_loads)
+
+
+def _role(arguments: dict[str, Any]) -> str:
+    """Say what a launch is for."""
+    if "INPUT" not in arguments:
+        return "rescale"
+    if arguments["UNLESS_ONE"]:
+        return "refresh"
+    return "backward" if arguments["loss_ptr"] is None else "forward"
+
+
+def _read(target: str, compiled: list[Compiled]) -> list[Kernel]:
+    """Read the machine code for a target, and fill in what it does. Runs in a worker."""
+    if compiled[0].kernel.unknown is not None:
+        return [compiled[0].kernel]
+    arch = TARGETS[target][1]
+    binaries = [one.binary for one in compiled]
+    if isinstance(arch, int):
+        codes = assembly.read_cubins(binaries, arch)
+    else:
+        codes = [assembly.read_amdgcn(binary) for binary in binaries]
+    kernels = []
+    for (kernel, _, _, other_loads), code in zip(compiled, codes, strict=True):
+        loop = assembly.hot_loop(code)
+        loads, stores = assembly.loads(loop), assembly.stores(loop)
+        kernel.registers, kernel.spills, kernel.stack = code.registers, code.spills, code.stack
+        kernel.loads, kernel.stores = _widest_first(loads), _widest_first(stores)
+        kernel.vectorized = (
+            bool(loop)
+            and _is_full_width(loads, kernel.full_loads, other_loads)
+            and _is_full_width(stores, kernel.full_stores, 0)
+        )
+        kernel.atomics, kernel.ticket = assembly.atomics(code), assembly.ticket_steps(code)
+        kernels.append(kernel)
+    return kernels
+
+
+def _full_width(arguments: dict[str, Any], threads: int) -> tuple[Counter[int], Counter[int], int]:
+    """Return the dense operands' loads and stores at full width, and how many loads others need.
+
+    Per thread and iteration, by width in bits. A group of lanes is one access if it has at most 16
+    bytes, and if the tensor's first address is divisible by 16; otherwise every element is.
+    """
+    block = arguments["BLOCK"]
+    # A kernel without groups has neighbours only.
+    lanes = arguments.get("LANES", WIDEST_BITS)
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    others = 0
+
+    def add(to: Counter[int], tensor: "Tensor") -> None:
+        bits = 8 * tensor.element_size()
+        width = min(WIDEST_BITS, lanes * bits) if tensor.data_ptr() % 16 == 0 else bits
+        to[width] += block * bits // (threads * width)
+
+    for name in OPERANDS if "INPUT" in arguments else ():
+        tensor, access = arguments[f"{name}_ptr"], arguments[name.upper()]
+        if access in ("flat", "vector"):
+            add(loads, tensor)
+        elif access == "row":
+            others += max(block // lanes // threads, 1)
+        elif access == "strided":
+            others += block // threads
+    for name in GRADIENTS:
+        if arguments.get(f"{name}_ptr") is not None:
+            add(stores, arguments[f"{name}_ptr"])
+    if "INPUT" not in arguments:
+        loads = stores
+    elif arguments["loss_ptr"] is not None and not arguments["REDUCE"]:
+        add(stores, arguments["loss_ptr"])
+    return loads, stores, others
+
+
+def _is_full_width(accesses: dict[int, int], full: dict[int, int], others: int) -> bool:
+    """Whether dense operands are moved at full width, or a wider one, and nothing is split."""
+
+    def bits_from(width: int, counted: dict[int, int]) -> int:
+        return sum(w * number for w, number in counted.items() if w >= width)
+
+    return sum(accesses.values()) <= sum(full.values()) + others and all(
+        bits_from(width, accesses) >= bits_from(width, full) for width in full
+    )
+
+
+def _widest_first(accesses: Counter[int]) -> dict[int, int]:
+    return dict(sorted(accesses.items(), reverse=True))
+
+
+def _show() -> list[Kernel]:
+    """Compile, and print the tables."""
+    # Imported here so that --json, which the tests read, needs no more than the library.
+    from bench.report import console, table
+
+    out = console()
+    with out.status("compiling ..."):
+        kernels = compile_all()
+    numbers = ("registers", "spills", "stack", "shared")
+    accesses = ("loads", "full_loads", "stores", "full_stores")
+    for target in TARGETS:
+        own = [kernel for kernel in kernels if kernel.target == target]
+        if own[0].unknown is not None:
+            out.print(f"\n{target}: not known to the installed Triton ({own[0].unknown})")
+            continue
+        filled = table(target, ["dtype", "call"], [*numbers, *HEADINGS])
+        for kernel in own:
+            filled.add_row(
+                kernel.dtype,
+                kernel.call,
+                *(str(getattr(kernel, name)) for name in numbers),
+                *(
+                    " ".join(f"{count}x{width}" for width, count in counted.items()) or "-"
+                    for counted in (getattr(kernel, name) for name in accesses)
+                ),
+                "yes" if kernel.vectorized else "NO",
+                str(len(kernel.atomics) or "-"),
+                ", ".join(kernel.ticket) or "-",
+                style="bold red" if kernel.spills or not kernel.vectorized else None,
+            )
+        out.print(filled)
+    out.print(EXPLANATION)
+    return kernels
