@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.mask_losses import box_head_losses, rpn_losses
-from bench.waits import host_waits
+from bench.demos.torchvision import TOLERANCE, box_head_losses, compare, gap, host_waits, rpn_losses
 from tests.support import coin, gaussian
 
 ANCHORS, REGIONS, CLASSES = 300, 64, 5
@@ -82,10 +81,7 @@ def test_waits_are_counted(device: str) -> None:
 
 def test_whole_detector(device: str, unpoisoned: None) -> None:
     """Its own sampler, its own layout of the operands, and its own losses to compare with."""
-    for package in ("torchvision", "sklearn", "rich"):
-        pytest.importorskip(package, reason=f"waits for a machine with {package}")
-    from bench.detector import TOLERANCE, compare, gap
-
-    by_index, by_mask = outcomes = compare(torch.device(device), seconds=0.0)
-    assert gap(outcomes) < TOLERANCE
+    pytest.importorskip("torchvision", reason="waits for a machine with torchvision")
+    by_index, by_mask = compare(torch.device(device), seconds=0.0).values()
+    assert gap(by_index, by_mask) < TOLERANCE
     assert by_mask.host_waits < by_index.host_waits
