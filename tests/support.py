@@ -8,8 +8,9 @@ the terms' absolute values. Storing in 16 bits adds one rounding, or two where a
 multiplied by an upstream gradient afterwards.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +46,21 @@ def coin(*shape: int, seed: int, p: float = 0.5, device: str = "cpu") -> Tensor:
     """Return a boolean mask of independent throws with probability p."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(shape, generator=generator) < p).to(device)
+
+
+def maker(device: str) -> Callable[..., Tensor]:
+    """Return what makes the operands of a `bench.codegen.calls.Call`, other ones at each call."""
+    seeds = itertools.count()
+
+    def make(*shape: int, dtype: str) -> Tensor:
+        kind = getattr(torch, dtype)
+        if not shape:  # a normalizer
+            return torch.tensor(7, dtype=kind, device=device)
+        if kind in MASKS:
+            return coin(*shape, seed=next(seeds), device=device).to(kind)
+        return gaussian(*shape, seed=next(seeds), dtype=kind, device=device)
+
+    return make
 
 
 @contextmanager

@@ -7,15 +7,16 @@ which it does not reset. The operands are large enough for more than one program
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.calls import calls
+from bench.codegen.calls import calls
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
-from tests.support import coin, gaussian
+from tests.support import coin, gaussian, maker
 from tests.variants import trained
 
 pytestmark = pytest.mark.skipif(
@@ -44,10 +45,11 @@ def _operands(seed: int = 0, rows: int = ROWS, device: str = "cuda") -> list[Any
     ]
 
 
-def _run(operands: list[Any], reduction: str = "mean") -> list[Tensor]:
-    loss = smooth_l1_loss(*operands, sigma=2.0, reduction=reduction)
-    gradients = torch.autograd.grad(loss, trained(operands), torch.full_like(loss, 1.5))
-    return [loss.detach(), *gradients]
+def _run(operands: list[Any], reduction: str = "mean", **options: Any) -> list[Tensor]:
+    loss = smooth_l1_loss(*operands, reduction=reduction, **{"sigma": 2.0, **options})
+    wanted = trained(operands)
+    above = torch.full_like(loss, 1.5)
+    return [loss.detach(), *(torch.autograd.grad(loss, wanted, above) if wanted else ())]
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -343,16 +345,17 @@ def test_users_operator_compiled_with_graphs(triton_backend: str) -> None:
 def test_every_kind_of_call(rows: int, triton_backend: str) -> None:
     """The same bits in a row, on several streams at once, and replayed over spoilt results."""
     streams = [torch.cuda.Stream() for _ in range(4)]
-    for call in calls(rows, torch.device("cuda")):
-        first = call()
+    for call in calls(rows):
+        operands, options = call.bind(maker("cuda"))
+        first = _run(operands, **options)
         torch.cuda.synchronize()
-        found = [call() for _ in range(20)]
+        found = [_run(operands, **options) for _ in range(20)]
         for stream in 5 * streams:
             with torch.cuda.stream(stream):
-                found.append(call())
+                found.append(_run(operands, **options))
         torch.cuda.synchronize()
         assert all(_same(one, first) for one in found), call.name
-        graph, results = _capture(call)
+        graph, results = _capture(partial(_run, operands, **options))
         for _ in range(5):
             for result in results:
                 result.fill_(torch.nan)

@@ -1,0 +1,24 @@
+"""Every kind of launch gives the oracle's answer: the tests that are run under compute-sanitizer.
+
+    compute-sanitizer python -m pytest -m sanitize
+
+The calls are those whose machine code `python -m bench codegen` shows.
+"""
+
+import pytest
+
+from bench.codegen.calls import calls
+from tests.support import check, maker
+
+# Memory that was never written must look so to the tool.
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("unpoisoned")]
+
+NAMES = [f"{call.dtype} {call.name}" for call in calls(rows=1)]
+
+
+@pytest.mark.parametrize("rows", [1, 33, 1031], ids=["less_than_a_tile", "one_tile", "several"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_call(name: str, rows: int, triton_backend: str, device: str) -> None:
+    operands, options = calls(rows)[NAMES.index(name)].bind(maker(device))
+    for upstream in (1.0, 3.7):
+        check(*operands, upstream=upstream, **options)
