@@ -3,11 +3,11 @@
 import os
 
 COMMANDS = {
-    "codegen": "bench.codegen",
+    "codegen": "bench.codegen.table",
     "plot": "bench.plot",
-    "torchvision": "bench.detector",
-    "train": "bench.train",
-    "tune": "bench.tune",
+    "sweep": "bench.sweep",
+    "torchvision": "bench.demos.torchvision",
+    "train": "bench.demos.train",
 }
 """What may follow `python -m bench`, and the modules whose `main` takes the arguments after it."""
 

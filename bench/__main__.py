@@ -9,11 +9,10 @@ from bench import COMMANDS
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command with the arguments after its name; return its exit status."""
-    # Only what is run is loaded: each needs packages of its own, and some take seconds.
+    name, rest = "bench.run", arguments
     if arguments and arguments[0] in COMMANDS:
-        status: int = import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-    else:
-        status = import_module("bench.compare").main(arguments)
+        name, rest = COMMANDS[arguments[0]], arguments[1:]
+    status: int = import_module(name).main(rest)  # Only what is run is loaded: some take seconds.
     return status
 
 

@@ -3,14 +3,11 @@
 import gc
 import itertools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +25,7 @@ WARM_UPS = 3  # of what a graph captures, as PyTorch's documentation has it
 TRACED_LAUNCHES = ("kernel", "gpu_memset", "gpu_memcpy")
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Milliseconds per step over the samples of all rounds."""
 
     median_ms: float
@@ -37,26 +33,8 @@ class Timing:
     p80_ms: float
 
 
-def device_named(name: str | None) -> torch.device:
-    """Return the device, the best there is without a name; one with a number becomes current."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        sys.exit(f"bench: device {name!r} is not measured; use cpu or cuda")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("bench: --device cuda was asked for, and PyTorch sees no CUDA device here")
-        if device.index is not None:
-            torch.cuda.set_device(device)
-    return device
-
-
 def measure(
-    actions: Mapping[str, Sequence[Action]],
-    device: torch.device,
-    seconds: float,
-    on_round: Callable[[float], None] = lambda share: None,
+    actions: Mapping[str, Sequence[Action]], device: torch.device, seconds: float
 ) -> dict[str, Timing]:
     """Time several actions, interleaved round by round so that noise hits all alike.
 
@@ -64,25 +42,31 @@ def measure(
     back to back, so a GPU's figure is its pace in a running program: host time where launching is
     the limit, device time where memory is. All samples walk one shared circle of operand sets:
     what an action reads was last read a whole circle ago, longer than the L2 remembers. A warm-up
-    is not counted. There are as many rounds as fit into `seconds`, within limits; after each,
-    `on_round` hears the share done.
+    is not counted. There are as many rounds as fit into `seconds`, within limits.
     """
+    if not actions:
+        return {}
     sets = len(next(iter(actions.values())))
     turn = itertools.cycle(range(sets))
     samplers = {name: _sampler(choices, turn, device) for name, choices in actions.items()}
     samples: dict[str, list[float]] = {name: [] for name in actions}
-    rounds = MOST_ROUNDS
-    done = 0
-    with _no_collector():
-        began = time.perf_counter()
+    rounds, done = MOST_ROUNDS, 0
+    began = time.perf_counter()
+    gc.collect()
+    gc.disable()  # so that it does not run inside somebody's sample
+    try:
         while done < rounds:
             for name, sample in samplers.items():
                 samples[name].append(sample())
             done += 1
             per_round = (time.perf_counter() - began) / done
             rounds = int(np.clip(seconds / per_round, FEWEST_ROUNDS, MOST_ROUNDS))
-            on_round(min(done / rounds, 1.0))
-    return {name: _timing(values) for name, values in samples.items()}
+    finally:
+        gc.enable()
+    return {
+        name: Timing(*(float(value) for value in np.percentile(values, [50, 20, 80])))
+        for name, values in samples.items()
+    }
 
 
 def copy_gbps(device: torch.device) -> float:
@@ -97,7 +81,7 @@ def copy_gbps(device: torch.device) -> float:
 def peak_extra_bytes(action: Action, device: torch.device) -> int | None:
     """Return the most bytes that were live at once beyond those before the step.
 
-    The gradient, which every provider must make, is part of it. None where it cannot be had.
+    The gradient, which every rival must make, is part of it. None where it cannot be had.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -108,32 +92,20 @@ def peak_extra_bytes(action: Action, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     # The CPU allocator keeps no peak, but the profiler sees each allocation (+) and release (-).
     events = _trace(action, [ProfilerActivity.CPU])
-    changes = [
-        (float(event["ts"]), int(event["args"]["Bytes"]))
-        for event in events
-        if event.get("name") == "[memory]"
-    ]
-    if not changes:
-        return None
-    live = np.cumsum([amount for _, amount in sorted(changes, key=lambda change: change[0])])
-    return max(int(live.max()), 0)
+    changes = [(float(e["ts"]), e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    live = itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0]))
+    return max(0, *live) if changes else None
 
 
-def launches(action: Action, device: torch.device) -> int | None:
-    """Return how many kernels, fills and copies a step puts on the GPU.
-
-    None on a CPU, and where the profiler sees nothing of a GPU.
-    """
-    if device.type != "cuda":
-        return None
+def launches(action: Action) -> int | None:
+    """Return how many kernels, fills and copies a step puts on a GPU; None if nothing is seen."""
     events = _trace(action, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
     return sum(event.get("cat") in TRACED_LAUNCHES for event in events) or None
 
 
 def replayed(action: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
     """Capture the action in a CUDA graph; return its replay, which gives the same tensors anew."""
-    untyped: Any = torch.cuda.Stream  # its constructor has no types
-    side = untyped(device)
+    side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # what a first run allocates or compiles is no part of a graph
         for _ in range(WARM_UPS):
@@ -172,8 +144,7 @@ def _sampler(
         return elapsed / steps
 
     def on_gpu(repeats: int) -> float:
-        new_event: Any = torch.cuda.Event  # its constructor has no types
-        start, end = new_event(enable_timing=True), new_event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start.record()
         for _ in range(repeats):
@@ -188,22 +159,6 @@ def _sampler(
     on_gpu(FEWEST_REPEATS)
     repeats = int(np.clip(SAMPLE_MS / on_gpu(FEWEST_REPEATS), FEWEST_REPEATS, MOST_REPEATS))
     return lambda: on_gpu(repeats)
-
-
-def _timing(samples: Sequence[float]) -> Timing:
-    p20, median, p80 = (float(value) for value in np.percentile(samples, [20, 50, 80]))
-    return Timing(median, p20, p80)
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from running inside somebody's sample."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _trace(action: Action, activities: list[ProfilerActivity]) -> list[dict[str, Any]]:

@@ -1,34 +1,63 @@
-"""What a run found: the machine, the rows, and the JSON file."""
+"""What a run found: the machine and the rows, as a JSON file and as tables on the console."""
 
 import json
 import platform
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch.utils import collect_env
 
-from bench.measure import Timing
+RESULTS = Path(__file__).parent / "results"
+PLAIN_WIDTH = 150  # columns where the output is no terminal: wider than any table here
+MISSING = "-"
+HEADINGS = (
+    *("median\nms", "20th\nms", "80th\nms", "{}\nis"),
+    *("floor\nMB", "GB/s", "of\ncopy", "extra\nMB", "launches"),
+)
+LEGEND = """
+Milliseconds a step: forward + backward, or forward alone (kernelbench). "{} is": how many times as
+fast as the row's rival. Floor: bytes that no program can avoid moving. GB/s: floor / median. Of
+copy: GB/s against this device's copy, {:.1f} GB/s read + written (small operands stay in a cache
+and can beat it). Extra: most bytes live at once beyond the operands, the gradient included."""
 
-TRITON_PACKAGES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run was measured on; None where there is none."""
+
+    device: str
+    driver: str | None
+    torch: str
+    triton: str | None
+    python: str
+
+    def __str__(self) -> str:
+        driver = f", driver {self.driver}" if self.driver else ""
+        versions = f"torch {self.torch}, triton {self.triton or 'none'}, Python {self.python}"
+        return f"{self.device}{driver}\n{versions}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one workload; None where a figure is unknown.
+    """One rival on one workload; None where a figure is unknown.
 
-    `gbps` (1e9 bytes/s) is the floor's bytes over the median, whatever a provider really moved,
-    and `percent_of_copy` sets it against the device's copy. A provider that is wrong or cannot
-    run here has a `problem` in words and no figures; one for which no time was left has `left_out`.
+    `gbps` (1e9 bytes/s) is the floor's bytes over the median, whatever a rival really moved, and
+    `percent_of_copy` sets it against the device's copy. A rival that is wrong or cannot run here
+    has a `problem` in words and no figures; one for which no time was left has `left_out`.
     """
 
     case: str
-    provider: str
+    rival: str
     dtype: str
     numel: int
     floor_bytes: int
@@ -45,19 +74,13 @@ class Row:
 
 @dataclass
 class Report:
-    """A run on one device."""
+    """A run on one machine."""
 
-    device: str
-    driver: str | None
-    torch: str
-    triton: str | None
-    python: str
-    copy_gbps: float
+    machine: Machine
+    copy_gbps: float  # 1e9 bytes a second, read and written
     rows: list[Row] = field(default_factory=list)
-    # Milliseconds of forward + backward of a call too small for the device to matter.
-    host: dict[str, Timing] = field(default_factory=dict)
-    # What no row tells of.
-    left_out: list[str] = field(default_factory=list)
+    host_us: dict[str, dict[str, float]] = field(default_factory=dict)  # of a small call
+    left_out: list[str] = field(default_factory=list)  # what no row tells of
 
     def groups(self) -> Iterator[tuple[tuple[str, str], list[Row]]]:
         """Yield ((case, dtype), its rows), all in the order in which they were measured."""
@@ -66,91 +89,142 @@ class Report:
             grouped.setdefault((row.case, row.dtype), []).append(row)
         yield from grouped.items()
 
-    def write_json(self, path: Path) -> None:
+    def write(self, path: Path) -> None:
         """Write the figures."""
-        write_whole(path, json.dumps(self._plain(), indent=1) + "\n")
-
-    def _plain(self) -> dict[str, Any]:
-        plain = asdict(self)
-        plain["rows"] = [{key: _rounded(row[key]) for key in row} for row in plain["rows"]]
-        plain["copy_gbps"] = _rounded(self.copy_gbps)
-        plain["host_us"] = {
-            name: {key.removesuffix("_ms"): _rounded(1e3 * ms) for key, ms in timing.items()}
-            for name, timing in plain.pop("host").items()
-        }
-        return plain
+        rows = [{key: v for key, v in vars(row).items() if v is not None} for row in self.rows]
+        plain = {**vars(self), "rows": rows}
+        write_json(path, {**asdict(plain.pop("machine")), **plain})
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all: what was there stays until all is written."""
+def read(path: Path) -> Report:
+    """Return the report that was written there."""
+    plain = json.loads(path.read_text())
+    machine = Machine(**{name: plain.pop(name) for name in Machine.__dataclass_fields__})
+    rows = [Row(**row) for row in plain.pop("rows")]
+    return Report(machine, rows=rows, **plain)
+
+
+def write_json(path: Path, plain: dict[str, Any]) -> None:
+    """Write a file with a line for each field and each item of a list, whole or not at all.
+
+    What was there stays until all is written.
+    """
+    fields = []
+    for key, value in _rounded(plain).items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        fields.append(f"{json.dumps(key)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
+    unfinished.write_text("{\n " + ",\n ".join(fields) + "\n}\n")
     unfinished.replace(path)
 
 
-def read_json(path: Path) -> Report:
-    """Return the report that was written there, its host times left out."""
-    plain = json.loads(path.read_text())
-    plain.pop("host_us")
-    rows = [Row(**row) for row in plain.pop("rows")]
-    return Report(**plain, rows=rows)
+def describe(device: torch.device) -> Machine:
+    """Name the device, its driver, and the versions."""
+    driver, packages = None, metadata.packages_distributions()
+    if device.type == "cuda":
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)
+    # From the metadata: it need not be imported to be named. ROCm's has a name of its own.
+    triton = metadata.version(packages["triton"][0]) if "triton" in packages else None
+    versions = torch.__version__, triton, platform.python_version()
+    return Machine(_device_name(device), driver, *versions)
 
 
-def describe(device: torch.device, copy_gbps: float) -> Report:
-    """Return a report without rows: the device and the versions."""
-    return Report(
-        device=_device_name(device),
-        driver=_driver(device),
-        torch=torch.__version__,
-        triton=_triton_version(),
-        python=platform.python_version(),
-        copy_gbps=copy_gbps,
-    )
+def file_stem(device: torch.device) -> str:
+    """Name a run's files after its device."""
+    return "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", _device_name(device).lower())
 
 
-def file_stem(report: Report, device: torch.device, quick: bool) -> str:
-    """Name a run's files after its device; a quick run never takes a full run's place."""
-    stem = "cpu"
-    if device.type != "cpu":
-        stem = re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
-    return f"{stem}-quick" if quick else stem
+def console() -> Console:
+    """Return the console; a pipe or a file has no width of its own, so it gets enough."""
+    probe = Console(highlight=False)
+    return probe if probe.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def table(title: str, names: Iterable[str], figures: Iterable[str]) -> Table:
+    """Return an empty table with columns of names, then columns of figures."""
+    look: Any = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    empty = Table(title=title, title_justify="left", title_style="bold", **look)
+    # In a narrow terminal a cell folds: no figure is ever cut off.
+    for name in names:
+        empty.add_column(name, overflow="fold")
+    for figure in figures:
+        empty.add_column(figure, justify="right", overflow="fold")
+    return empty
+
+
+def print_report(report: Report, compared: str) -> None:
+    """Print the machine, a table per case, every problem in words, and how to read it.
+
+    `compared` is the rival with which the others are compared.
+    """
+    out = console()
+    out.print(f"\n{report.machine}")
+    for (case, dtype), rows in report.groups():
+        out.print(_table(f"{case}, {dtype}", rows, compared))
+    if report.host_us:
+        host = table("host time of a small call", ["call"], ["median us", "20th us", "80th us"])
+        for name, timing in report.host_us.items():
+            host.add_row(name, *map(number, timing.values()))
+        out.print(host)
+    for text in report.left_out:
+        out.print(Text(text, style="yellow"))
+    for row in report.rows:
+        reason = row.problem or row.left_out
+        if reason:
+            text = f"{row.rival} on {row.case} {row.numel:,} {row.dtype}: {reason}"
+            out.print(Text(text, style="red" if row.problem else "yellow"))
+    out.print(LEGEND.format(compared, report.copy_gbps))
+
+
+def number(value: float | None) -> str:
+    """Show four digits of a number, or that there is none."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _table(title: str, rows: list[Row], compared: str) -> Table:
+    filled = table(title, ["elements", "rival"], [text.format(compared) for text in HEADINGS])
+    for numel, group in groupby(rows, key=lambda row: row.numel):
+        of_size = list(group)
+        base = next((row.median_ms for row in of_size if row.rival == compared), None)
+        for index, row in enumerate(of_size):
+            size = "" if index else f"{numel:,}"
+            style = "bold green" if row.rival == compared else None
+            filled.add_row(size, row.rival, *_figures(row, base), style=style)
+        filled.add_section()
+    return filled
+
+
+def _figures(row: Row, base_ms: float | None) -> list[str]:
+    if row.median_ms is None:
+        return ["left out" if row.left_out else "failed", *[MISSING] * (len(HEADINGS) - 1)]
+    return [
+        *map(number, (row.median_ms, row.p20_ms, row.p80_ms)),
+        MISSING if base_ms is None else f"{row.median_ms / base_ms:.2f}x",
+        number(row.floor_bytes / 1e6),
+        number(row.gbps),
+        MISSING if row.percent_of_copy is None else f"{row.percent_of_copy:.0f}%",
+        MISSING if row.peak_extra_bytes is None else number(row.peak_extra_bytes / 1e6),
+        MISSING if row.launches is None else str(row.launches),
+    ]
 
 
 def _rounded(value: Any) -> Any:
-    """Keep five digits of a measured number: more would be noise."""
+    """Keep five digits of measured numbers: more would be noise."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if named:
-            return named[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _driver(device: torch.device) -> str | None:
-    tool = shutil.which("nvidia-smi")
-    if device.type != "cuda" or tool is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 else None
-
-
-def _triton_version() -> str | None:
-    """Read Triton's version from its metadata: it need not be imported to be named."""
-    for package in TRITON_PACKAGES:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    text = collect_env.get_cpu_info(collect_env.run)  # of lscpu, or of what stands for it
+    named = re.search(r"(?:Model name:\s*|Name: )(.+)", text)
+    return f"{named[1] if named else platform.machine()}, {torch.get_num_threads()} threads"

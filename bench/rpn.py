@@ -10,7 +10,7 @@ Boxes are (x1, y1, x2, y2) in canvas pixels, both corners inclusive, so a width 
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from sklearn.datasets import load_digits
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 
 RATIOS = (0.5, 1.0, 2.0)  # height : width
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
@@ -40,39 +39,29 @@ class Layout:
     zoom: tuple[int, int] = (10, 46)
     digits: int = 8
 
-    @property
-    def anchors_per_cell(self) -> int:
-        """Every scale with every ratio."""
-        return len(RATIOS) * len(self.scales)
-
 
 PUBLISHED = Layout()
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """A grey canvas (height, width), values 0 to 16, and its digits' boxes (n, 4) in pixels."""
 
     canvas: npt.NDArray[np.uint8]
     boxes: Floats
 
 
-@dataclass(frozen=True)
-class RpnTargets:
+class RpnTargets(NamedTuple):
     """The loss layer's operands, each (1, 4A, H, W) float32; deltas are in units of the anchor."""
 
     targets: torch.Tensor
     inside_weights: torch.Tensor
     outside_weights: torch.Tensor
-    positives: int
-    examples: int
 
 
 @cache
-def digit_scans() -> npt.NDArray[np.float64]:
+def digit_scans() -> Floats:
     """Return the scans (1797, 8, 8), values 0 to 16."""
-    digits: Any = load_digits()
-    scans: npt.NDArray[np.float64] = digits.images
+    scans: Floats = load_digits().images
     return scans
 
 
@@ -101,8 +90,8 @@ def paste_digits(
     return Scene(canvas, np.asarray(boxes, dtype=np.float64))
 
 
-def cell_anchors(layout: Layout = PUBLISHED) -> Floats:
-    """Return the anchors (A, 4), in pixels, of the feature map's first cell.
+def all_anchors(layout: Layout = PUBLISHED) -> Floats:
+    """Return the anchors of every cell (H * W * A, 4) in pixels, cells in row-major order.
 
     The published rounding is part of the recipe: each ratio's width and height are whole pixels
     before the scale multiplies them.
@@ -113,15 +102,12 @@ def cell_anchors(layout: Layout = PUBLISHED) -> Floats:
     heights = np.rint(widths * ratios)
     half = np.stack([widths * scales - 1, heights * scales - 1], axis=1) / 2
     center = (layout.base_size - 1) / 2
-    return np.concatenate([center - half, center + half], axis=1)
-
-
-def all_anchors(layout: Layout = PUBLISHED) -> Floats:
-    """Return the anchors of every cell (H * W * A, 4) in pixels, cells in row-major order."""
+    first_cell = np.concatenate([center - half, center + half], axis=1)
     map_height, map_width = layout.feature_map
     y, x = np.mgrid[:map_height, :map_width] * layout.stride
     shifts = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
-    return (shifts + cell_anchors(layout)).reshape(-1, 4)
+    anchors: Floats = (shifts + first_cell).reshape(-1, 4)
+    return anchors
 
 
 def trained_anchors(anchors: Floats, layout: Layout = PUBLISHED) -> Ints:
@@ -130,10 +116,6 @@ def trained_anchors(anchors: Floats, layout: Layout = PUBLISHED) -> Ints:
     return np.flatnonzero(
         (anchors[:, :2] >= 0).all(axis=1) & (anchors[:, 2] < width) & (anchors[:, 3] < height)
     )
-
-
-def _sizes(boxes: Floats) -> Floats:
-    return boxes[..., 2:] - boxes[..., :2] + 1
 
 
 def overlaps(first: Floats, second: Floats) -> Floats:
@@ -161,16 +143,33 @@ def decode(anchors: Floats, deltas: Floats) -> Floats:
     return np.concatenate([corners, corners + sizes - 1], axis=1)
 
 
-def _label(iou: Floats) -> tuple[Flags, Flags]:
-    """Return which anchors are positive and which negative; the rest is left out."""
-    best = iou.max(axis=1)
+def targets_of(boxes: Floats, rng: np.random.Generator, layout: Layout = PUBLISHED) -> RpnTargets:
+    """Make the targets and weights of an image with these ground-truth boxes (n, 4).
+
+    With the published layout they have 4 * 9 * 38 * 63 = 86,184 elements each.
+    """
+    anchors = all_anchors(layout)
+    inside_canvas = trained_anchors(anchors, layout)
+    candidates = anchors[inside_canvas]
+    iou = overlaps(candidates, boxes)
+
     # Every object gets an anchor, however poorly it fits: the best one, and all that tie with it.
     fits_best = ((iou == iou.max(axis=0)) & (iou > 0)).any(axis=1)
-    positive = fits_best | (best >= POSITIVE_IOU)
-    return positive, (best < NEGATIVE_IOU) & ~positive
+    positive = fits_best | (iou.max(axis=1) >= POSITIVE_IOU)
+    negative = (iou.max(axis=1) < NEGATIVE_IOU) & ~positive
+    positives = _sample(positive, MOST_POSITIVES, rng)
+    negatives = _sample(negative, SAMPLED_ANCHORS - len(positives), rng)
+    sampled = np.concatenate([positives, negatives])
+
+    targets = np.zeros_like(anchors)
+    inside_weights, outside_weights = np.zeros_like(anchors), np.zeros_like(anchors)
+    targets[inside_canvas] = encode(candidates, boxes[iou.argmax(axis=1)])
+    inside_weights[inside_canvas[positives]] = 1.0
+    outside_weights[inside_canvas[sampled]] = 1.0 / len(sampled)
+    return RpnTargets(*(_to_map(v, layout) for v in (targets, inside_weights, outside_weights)))
 
 
-def _sample(flags: Flags, most: int, rng: np.random.Generator) -> Ints:
+def _sample(flags: npt.NDArray[np.bool_], most: int, rng: np.random.Generator) -> Ints:
     candidates = np.flatnonzero(flags)
     return rng.choice(candidates, size=min(most, len(candidates)), replace=False)
 
@@ -181,33 +180,5 @@ def _to_map(values: Floats, layout: Layout) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
 
 
-def rpn_targets(seed: int = 0) -> RpnTargets:
-    """Make one image's targets and weights: 4 * 9 * 38 * 63 = 86,184 elements each."""
-    rng = np.random.default_rng(seed)
-    return targets_of(paste_digits(rng).boxes, rng)
-
-
-def targets_of(boxes: Floats, rng: np.random.Generator, layout: Layout = PUBLISHED) -> RpnTargets:
-    """Make the targets and weights of an image with these ground-truth boxes (n, 4)."""
-    anchors = all_anchors(layout)
-    inside_canvas = trained_anchors(anchors, layout)
-    candidates = anchors[inside_canvas]
-    iou = overlaps(candidates, boxes)
-
-    positive, negative = _label(iou)
-    positives = _sample(positive, MOST_POSITIVES, rng)
-    negatives = _sample(negative, SAMPLED_ANCHORS - len(positives), rng)
-    examples = len(positives) + len(negatives)
-
-    targets = np.zeros_like(anchors)
-    inside_weights, outside_weights = np.zeros_like(anchors), np.zeros_like(anchors)
-    targets[inside_canvas] = encode(candidates, boxes[iou.argmax(axis=1)])
-    inside_weights[inside_canvas[positives]] = 1.0
-    outside_weights[inside_canvas[np.concatenate([positives, negatives])]] = 1.0 / examples
-    return RpnTargets(
-        _to_map(targets, layout),
-        _to_map(inside_weights, layout),
-        _to_map(outside_weights, layout),
-        positives=len(positives),
-        examples=examples,
-    )
+def _sizes(boxes: Floats) -> Floats:
+    return boxes[..., 2:] - boxes[..., :2] + 1

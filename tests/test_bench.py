@@ -3,10 +3,9 @@
 The workloads are small here, and torch.compile is left out: what it would compile runs as it is.
 """
 
-import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -17,18 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import check, measure, providers, suite
-from bench.cases import HIDDEN, Spec, Workload, build, rotation, specs
-from bench.providers import FUSED, PROVIDERS
-from bench.report import Row, describe, read_json
+from bench import check, measure, rivals, run, sweep
+from bench.plot import main as plot
+from bench.report import Report, Row, describe, read
+from bench.rivals import FUSED, RIVALS
+from bench.run import Clock, Run
+from bench.workloads import HIDDEN, Spec, Workload, build, rotation, specs
 from tests import oracle
+from tests.conftest import HAS_TRITON, on_interpreter
 
 ROOT = Path(__file__).parent.parent
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
 # Whole hidden states for `drafter`, and more than one tile of any.
 NUMEL = 8 * 4 * HIDDEN
 CASES = ("dense", "kernelbench", "none", "row_mask", "drafter", "broadcast", "no_weights")
-QUIET = suite.Progress(at=lambda text: None, advance=lambda share: None)
 
 
 def _numel(case: str) -> int:
@@ -40,14 +41,20 @@ def _workload(case: str, device: str, dtype: torch.dtype = torch.float32) -> Wor
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch.compile return what it is given."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    rivals._grad_and_value.cache_clear()
+    yield
+    rivals._grad_and_value.cache_clear()
 
 
 @pytest.fixture
-def conditions(device: str) -> suite.Conditions:
-    return suite.Conditions(torch.device(device), copy_gbps=100.0, seconds=0.0, clock=suite.Clock())
+def bench_run(device: str, tmp_path: Path) -> Run:
+    """Return a run that takes as little time as it can."""
+    where = torch.device(device)
+    report = Report(describe(where), copy_gbps=100.0)
+    return Run(where, RIVALS, 0.0, Clock(), report, tmp_path / "report.json")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,15 +84,15 @@ def test_right_answer(case: str, block: int, device: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_provider_is_right(case: str, device: str, uncompiled: None) -> None:
+def test_every_rival_is_right(case: str, device: str, uncompiled: None) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         workload = _workload(case, device, dtype)
         truth = check.expected(workload)
-        rivals = [provider for provider in PROVIDERS if provider.is_rival_of(workload)]
-        assert {"eager_composition", "compile", FUSED} <= {rival.name for rival in rivals}
-        for rival in rivals:
-            for step in rival.prepare([workload, workload.copy()]):
-                assert check.problem(workload, truth, *step()) is None, rival.name
+        those = [rival for rival in RIVALS if rival.is_rival_of(workload)]
+        assert {"eager_composition", "compile", FUSED} <= {rival.name for rival in those}
+        for rival in those:
+            for copy in (workload, workload.copy()):
+                assert check.problem(workload, truth, *rival.step(copy)()) is None, rival.name
 
 
 def test_the_drafters_rival_is_its_own(
@@ -93,21 +100,21 @@ def test_the_drafters_rival_is_its_own(
 ) -> None:
     """Eager or compiled, it is what such training code writes."""
 
-    def asked(*arguments: Any) -> Tensor:
+    def asked(*arguments: Any, **options: Any) -> Tensor:
         raise NotImplementedError
 
-    monkeypatch.setattr(providers, "composition_for_drafter", asked)
+    monkeypatch.setattr(rivals, "composition_for_drafter", asked)
     workload = _workload("drafter", device)
-    for provider in PROVIDERS:
-        if provider.name in ("eager_composition", "compile", "compile_grad_and_value"):
-            (step,) = provider.prepare([workload])
+    for rival in RIVALS:
+        if rival.name in ("eager_composition", "compile", "compile_grad_and_value"):
+            step = rival.step(workload)
             with pytest.raises(NotImplementedError):
                 step()
 
 
 def test_flag_gems_is_a_rival_of_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is installed: a loss without weights, on a GPU."""
-    (flag_gems,) = (provider for provider in PROVIDERS if provider.name == "flag_gems")
+    (flag_gems,) = (rival for rival in RIVALS if rival.name == "flag_gems")
 
     class Cuda:
         is_cuda = True
@@ -116,7 +123,7 @@ def test_flag_gems_is_a_rival_of_what_it_can_compute(monkeypatch: pytest.MonkeyP
         workload = _workload(case, "cpu")
         if on_gpu:
             workload = replace(workload, input=Cuda())  # type: ignore[arg-type]
-        monkeypatch.setattr(providers, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(rivals, "find_spec", lambda name: object() if installed else None)
         return flag_gems.is_rival_of(workload)
 
     for case in CASES:
@@ -132,11 +139,11 @@ def test_flag_gems_is_differentiated(
     """Its operators are called as PyTorch's own would be, which stand in for them here."""
     backward = torch.ops.aten.smooth_l1_loss_backward.default
     operators = (torch.nn.functional.smooth_l1_loss, backward)
-    monkeypatch.setattr(providers, "_flag_gems_operators", lambda: operators)
-    (flag_gems,) = (provider for provider in PROVIDERS if provider.name == "flag_gems")
+    monkeypatch.setattr(rivals, "_flag_gems_operators", lambda: operators)
+    (flag_gems,) = (rival for rival in RIVALS if rival.name == "flag_gems")
     workload = _workload(case, device)
-    (step,) = flag_gems.prepare([workload])
-    assert check.problem(workload, check.expected(workload), *step()) is None
+    answer = flag_gems.step(workload)()
+    assert check.problem(workload, check.expected(workload), *answer) is None
 
 
 DEFECTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
@@ -161,15 +168,10 @@ def _first(tensor: Tensor) -> Tensor:
 def test_what_is_wrong_is_found(defect: str, case: str, device: str) -> None:
     workload = _workload(case, device)
     truth = check.expected(workload)
-    (step,) = PROVIDERS[-1].prepare([workload])
-    loss, gradient = step()
+    loss, gradient = RIVALS[-1].step(workload)()
     assert gradient is not None
     assert check.problem(workload, truth, loss, gradient) is None
     assert check.problem(workload, truth, *DEFECTS[defect](loss, gradient)) is not None
-
-
-def _run(listed: list[Spec], conditions: suite.Conditions) -> list[list[Row]]:
-    return list(suite.run(listed, conditions, QUIET))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -177,9 +179,9 @@ def test_copies_lie_in_other_memory(case: str) -> None:
     """Together they are as large as asked for: what a step reads, no cache holds any more."""
     workload = _workload(case, "cpu")
     wanted = 5 * workload.needed_bytes
-    copies = list(rotation(workload, cache_bytes=wanted // 2, most=10))
+    copies = rotation(workload, cache_bytes=wanted // 2, most=10)
     assert len(copies) == 5
-    assert len(list(rotation(workload, cache_bytes=wanted, most=3))) == 3
+    assert len(rotation(workload, cache_bytes=wanted, most=3)) == 3
     fields = ("input", "target", "inside_weights", "outside_weights", "upstream")
     for field in fields:
         tensors = [getattr(copy, field) for copy in copies if getattr(copy, field) is not None]
@@ -187,12 +189,11 @@ def test_copies_lie_in_other_memory(case: str) -> None:
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
-def test_rows(conditions: suite.Conditions, uncompiled: None) -> None:
-    """Each provider of each workload is right and has its figures."""
-    listed = [Spec(case, _numel(case)) for case in CASES]
-    found = _run(listed, conditions)
-    assert [rows[0].case for rows in found] == list(CASES)
-    for row in (row for rows in found for row in rows):
+def test_rows(bench_run: Run, uncompiled: None) -> None:
+    """Each rival of each workload is right and has its figures."""
+    bench_run.fill([Spec(case, _numel(case)) for case in CASES])
+    assert list(dict.fromkeys(row.case for row in bench_run.report.rows)) == list(CASES)
+    for row in bench_run.report.rows:
         assert (row.problem, row.left_out) == (None, None)
         assert row.median_ms is not None
         assert row.gbps == pytest.approx(row.floor_bytes / row.median_ms / 1e6)
@@ -225,51 +226,49 @@ def test_floor_under_a_mask(case: str) -> None:
     [(None, 29.0, False), (None, 300.0, True), (1.0, 29.0, True), (200.0, 300.0, False)],
 )
 def test_compilation_that_does_not_fit_is_left_out(
-    last: float | None, limit: float, fits: bool, conditions: suite.Conditions, uncompiled: None
+    last: float | None, limit: float, fits: bool, bench_run: Run, uncompiled: None
 ) -> None:
     """The first may take half a minute, and any other one twice the time of the last."""
-    limited = replace(conditions, clock=suite.Clock(limit))
+    clock = bench_run.clock = Clock(limit)
     if last is not None:
-        limited.clock.compiled(last)
-    (rows,) = _run([Spec("dense", NUMEL)], limited)
-    compiled = [row for row in rows if row.provider in ("compile", "compile_grad_and_value")]
+        clock.compile_seconds = last
+    rows = bench_run.rows(Spec("dense", NUMEL))
+    compiled = [row for row in rows if row.rival in ("compile", "compile_grad_and_value")]
     assert len(compiled) == 2
     # When one fits, it takes next to no time, as nothing is compiled here: so the other fits too.
     assert all((row.left_out is None) == fits for row in compiled)
     # The clock was told how little that was.
-    assert (limited.clock.why_not(limit - 5, compiles=True) is None) == fits
+    assert (clock.why_not(limit - 5, compiles=True) is None) == fits
     for row in rows:
         assert (row.median_ms is None) == (row.left_out is not None)
 
 
-def test_a_run_without_time_says_so(conditions: suite.Conditions) -> None:
-    listed = [Spec("dense", NUMEL), Spec("no_weights", NUMEL)]
-    late = replace(conditions, clock=suite.Clock(0.0, reserved=5.0), seconds=1.0)
-    for spec, (row,) in zip(listed, _run(listed, late), strict=True):
-        assert (row.case, row.provider, row.numel) == (spec.case, suite.ALL, NUMEL)
+def test_a_run_without_time_says_so(bench_run: Run) -> None:
+    bench_run.clock, bench_run.seconds = Clock(5.0), 1.0
+    bench_run.clock.reserved = 5.0
+    for case in ("dense", "no_weights"):
+        (row,) = bench_run.rows(Spec(case, NUMEL))
+        assert (row.case, row.rival, row.numel) == (case, run.ALL, NUMEL)
         assert row.left_out == "it may take 1 s, and 0 s were left"
-    late.clock.reserved = -10.0
-    assert late.clock.why_not(1.0) is None
+    bench_run.clock.reserved = 0.0
+    assert bench_run.clock.why_not(1.0) is None
 
 
-def test_a_provider_that_fails_is_reported(
-    conditions: suite.Conditions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rival_that_fails_is_reported(bench_run: Run) -> None:
     """It has the reason in its row, and the others are timed."""
 
-    def fails(copies: Any) -> Any:
+    def fails(workload: Workload) -> Any:
         raise NotImplementedError("no such kernel\nsecond line")
 
-    def lies(copies: Any) -> Any:
-        return [lambda: (torch.zeros(()), None) for _ in copies]
+    def lies(workload: Workload) -> Any:
+        return lambda: (torch.zeros(()), None)
 
-    providers = (
-        replace(PROVIDERS[0], name="fails", prepare=fails),
-        replace(PROVIDERS[0], name="lies", prepare=lies),
-        PROVIDERS[-1],
+    bench_run.rivals = (
+        replace(RIVALS[0], name="fails", step=fails),
+        replace(RIVALS[0], name="lies", step=lies),
+        RIVALS[-1],
     )
-    monkeypatch.setattr(suite, "PROVIDERS", providers)
-    failed, wrong, fused = _run([Spec("dense", NUMEL)], conditions)[0]
+    failed, wrong, fused = bench_run.rows(Spec("dense", NUMEL))
     assert failed.problem == "cannot run here: NotImplementedError: no such kernel"
     assert wrong.problem is not None
     assert wrong.problem.startswith("wrong loss: 0, should be ")
@@ -278,95 +277,85 @@ def test_a_provider_that_fails_is_reported(
 
 
 def test_a_workload_that_does_not_fit_into_memory(
-    conditions: suite.Conditions, monkeypatch: pytest.MonkeyPatch
+    bench_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build_only_small(spec: Spec, device: torch.device) -> Workload:
         if spec.numel > NUMEL:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return build(spec, device)
 
-    monkeypatch.setattr(suite, "build", build_only_small)
-    monkeypatch.setattr(suite, "PROVIDERS", PROVIDERS[-1:])
-    (large,), (small,) = _run([Spec("dense", 2 * NUMEL), Spec("dense", NUMEL)], conditions)
+    monkeypatch.setattr(run, "build", build_only_small)
+    bench_run.rivals = RIVALS[-1:]
+    bench_run.fill([Spec("dense", 2 * NUMEL), Spec("dense", NUMEL)])
+    large, small = bench_run.report.rows
     assert large.problem == "cannot be measured here: OutOfMemoryError: CUDA out of memory"
     assert small.median_ms is not None
 
 
-def test_launches_are_counted_once_a_case(
-    conditions: suite.Conditions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the first size, of every provider that was timed; what is not counted is named."""
-    monkeypatch.setattr(suite, "PROVIDERS", (PROVIDERS[1], PROVIDERS[-1]))
+def test_launches_are_counted_once_a_case(bench_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first size, of every rival that was timed; what is not counted is named."""
     counted: list[object] = []
 
-    def launches(action: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> int:
+    def launches(action: Callable[[], tuple[Tensor, Tensor]]) -> int:
         counted.append(action()[1].numel())
         return 7
 
     monkeypatch.setattr(measure, "launches", launches)
-    report = describe(torch.device("cpu"), copy_gbps=10.0)
+    bench_run.rivals = (RIVALS[1], RIVALS[-1])
     listed = [Spec("dense", NUMEL), Spec("dense", 64), Spec("none", 64)]
-    for rows in _run(listed, conditions):
-        report.rows += rows
-    assert len(list(suite.count_launches(report, listed, conditions))) == 2
+    bench_run.fill(listed)
+    bench_run.fill_launches(listed)
+    report = bench_run.report
     assert counted == [NUMEL, NUMEL, 64, 64]
     assert [row.launches for row in report.rows] == [7, 7, None, None, 7, 7]
     assert report.left_out == []
-    late = replace(conditions, clock=suite.Clock(0.0))
-    list(suite.count_launches(report, listed[:1], late))
+    bench_run.clock = Clock(0.0)
+    bench_run.fill_launches(listed[:1])
     assert [text.partition(":")[0] for text in report.left_out] == [
         f"launches of {name} on dense {NUMEL:,} float32" for name in ("eager_composition", FUSED)
     ]
 
 
 def test_report_round_trip(tmp_path: Path) -> None:
-    """A report that was written draws the same pictures; its rows keep the fields of old."""
-    report = describe(torch.device("cpu"), copy_gbps=12.345678)
+    """What was written is read again, to five digits; a row is a line of the file."""
+    report = Report(describe(torch.device("cpu")), copy_gbps=12.345678)
     report.rows = [
         Row("dense", FUSED, "float32", 4, 80, median_ms=0.5, launches=2),
         Row("dense", "compile", "float32", 4, 80, left_out="no time"),
     ]
-    report.host["fused"] = measure.Timing(0.01, 0.009, 0.011)
+    report.host_us["fused"] = {"median": 10.0, "p20": 9.0, "p80": 11.0}
     report.left_out.append("launches: no time")
     path = tmp_path / "new" / "report.json"
     for _ in range(2):
-        report.write_json(path)
+        report.write(path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    again = read_json(path)
-    assert (again.rows, again.left_out) == (report.rows, report.left_out)
-    assert (again.device, again.torch, again.copy_gbps) == (report.device, report.torch, 12.346)
-    plain = json.loads(path.read_text())
-    assert plain["host_us"] == {"fused": {"median": 10.0, "p20": 9.0, "p80": 11.0}}
-    fields = "case provider dtype numel median_ms p20_ms p80_ms floor_bytes gbps"
-    old = {*fields.split(), "percent_of_copy", "peak_extra_bytes", "launches"}
-    assert old < set(plain["rows"][0])
+    assert read(path) == replace(report, copy_gbps=12.346)
+    assert sum("rival" in line for line in path.read_text().splitlines()) == len(report.rows)
 
 
-def test_old_results_can_be_drawn() -> None:
+def test_results_can_be_drawn() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
         if not path.name.startswith(("train", "tune", "torchvision")):
-            assert read_json(path).rows
+            assert read(path).rows
 
 
 def test_pictures_of_a_report_with_gaps(tmp_path: Path) -> None:
     """What failed, was left out, or has no memory of its own leaves no picture undrawn."""
-    pytest.importorskip("matplotlib", reason="waits for the extra `bench`")
-    from bench.plot import main
 
-    def row(case: str, provider: str, **figures: Any) -> Row:
-        return Row(case, provider, "float32", 4, 80, **figures)
+    def row(case: str, rival: str, **figures: Any) -> Row:
+        return Row(case, rival, "float32", 4, 80, **figures)
 
-    report = describe(torch.device("cpu"), copy_gbps=10.0)
+    report = Report(describe(torch.device("cpu")), copy_gbps=10.0)
     timed = {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "gbps": 1.0, "percent_of_copy": 10.0}
     report.rows = [
         row("dense", "compile", problem="no compiler"),
         row("dense", FUSED, **timed, peak_extra_bytes=16),
         row("rpn_graph", FUSED, **timed),
         row("none", FUSED, left_out="no time"),
-        row("drafter", suite.ALL, left_out="no time"),
+        row("drafter", run.ALL, left_out="no time"),
     ]
-    report.write_json(tmp_path / "report.json")
-    assert main([str(tmp_path / "report.json")]) == 0
+    report.write(tmp_path / "report.json")
+    assert plot([str(tmp_path / "report.json")]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"report.png", "report-summary.png"}
 
 
@@ -388,69 +377,100 @@ def test_the_most_telling_comes_first() -> None:
     ]
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the benchmark's command quick."""
+    monkeypatch.setattr(run, "RIVALS", (RIVALS[1], RIVALS[-1]))
+    monkeypatch.setattr(measure, "COPY_SECONDS", 0.0)
+
+
 def test_figures_are_written_as_they_come(
-    conditions: suite.Conditions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interruption loses the workload in hand, and neither the file nor the pictures."""
-    compare = _compare(monkeypatch)
+    listed = [Spec("dense", NUMEL), Spec("no_weights", NUMEL)]
 
-    def run(*arguments: Any) -> Any:
-        rows = suite.run(*arguments)
-        yield next(rows)
+    def interrupted(spec: Spec, device: torch.device) -> Workload:
+        if spec is listed[0]:
+            return build(spec, device)
         (written,) = tmp_path.glob("*.json")
-        assert {row.case for row in read_json(written).rows} == {"dense"}
+        assert {row.case for row in read(written).rows} == {"dense"}
         raise KeyboardInterrupt
 
-    listed = [Spec("dense", NUMEL), Spec("no_weights", NUMEL)]
-    monkeypatch.setattr(compare, "run", run)
-    monkeypatch.setattr(compare, "specs", lambda device, quick: listed)
-    assert compare.main(["--out", str(tmp_path)]) == compare.INTERRUPTED
+    monkeypatch.setattr(run, "build", interrupted)
+    monkeypatch.setattr(run, "specs", lambda device, quick: listed)
+    assert run.main(["--out", str(tmp_path)]) == run.INTERRUPTED
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is left out and named in the file; nothing is drawn of what does."""
-    compare = _compare(monkeypatch)
-    assert compare.main(["--out", str(tmp_path), "--limit", "0"]) == 0
+    assert run.main(["--out", str(tmp_path), "--limit", "0"]) == 0
     (path,) = tmp_path.iterdir()
-    report = read_json(path)
+    report = read(path)
     assert len(report.rows) > 10
     assert all(row.left_out is not None for row in report.rows)
     assert report.left_out[0].startswith("host times: ")
-    monkeypatch.setattr(compare, "specs", lambda device, quick: [Spec("dense", NUMEL)])
-    assert compare.main(["--out", str(tmp_path), "--limit", "1000"]) == 0
+    monkeypatch.setattr(run, "specs", lambda device, quick: [Spec("dense", NUMEL)])
+    assert run.main(["--out", str(tmp_path), "--limit", "1000"]) == 0
     assert list(tmp_path.iterdir()) == [path]
-    assert all(row.median_ms is not None for row in read_json(path).rows)
+    assert all(row.median_ms is not None for row in read(path).rows)
 
 
-def _compare(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the benchmark's command, made quick."""
-    for package in ("rich", "matplotlib"):
-        pytest.importorskip(package, reason="waits for the extra `bench`")
-    from bench import compare
-
-    monkeypatch.setattr(suite, "PROVIDERS", (PROVIDERS[1], PROVIDERS[-1]))
-    monkeypatch.setattr(measure, "COPY_SECONDS", 0.0)
-    return compare
-
-
-def test_device_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A GPU with a number becomes the current one; without one, the current one is taken."""
     chosen: list[torch.device] = []
-    for there in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        assert measure.device_named(None).type == ("cuda" if there else "cpu")
-        assert measure.device_named("cpu").type == "cpu"
-    with pytest.raises(SystemExit, match="no CUDA device"):
-        measure.device_named("cuda")
-    with pytest.raises(SystemExit, match="'tpu' is not measured"):
-        measure.device_named("tpu")
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def parsed(*arguments: str) -> torch.device:
+        device: torch.device = run.parser_of("bench", "").parse_args(arguments).device
+        return device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parsed() == parsed("--device", "cpu") == torch.device("cpu")
+    for name, told in (("cuda", "no CUDA device"), ("xpu", "not measured"), ("0", "not measured")):
+        with pytest.raises(SystemExit):
+            parsed("--device", name)
+        assert told in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parsed() == parsed("--device", "cuda") == torch.device("cuda")
     assert chosen == []
-    assert measure.device_named("cuda") == torch.device("cuda")
-    assert measure.device_named("cuda:1") == torch.device("cuda", 1)
+    assert parsed("--device", "cuda:1") == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 1)]
+
+
+@on_interpreter
+@pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+def test_sweep(bench_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each constant decides what is launched, of its own rival alone, and each answer is right."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched: list[Any] = []
+    original = InterpretedFunction.run
+
+    def spied(self: Any, *arguments: Any, grid: Any, **options: Any) -> Any:
+        launched.append((self.fn.__name__, grid, arguments[-1], options["num_warps"]))
+        return original(self, *arguments, grid=grid, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", spied)
+    monkeypatch.setattr(measure, "measure", lambda steps, device, seconds: {})
+    by_rival: dict[str, list[Any]] = {}
+    specs = [Spec("dense", 12_000), Spec("dense", 12_000, torch.bfloat16), Spec("row_mask", 4096)]
+    for rival in sweep.rivals(torch.device("cpu")):
+        launched.clear()
+        bench_run.rivals = (rival,)
+        bench_run.fill(specs)
+        by_rival[rival.name] = list(launched)
+    assert all(row.problem is row.left_out is None for row in bench_run.report.rows)
+    built = by_rival.pop(sweep.AS_BUILT)
+    assert len(by_rival) == len(sweep.VARIED) - 1
+    same = [name for name, found in by_rival.items() if set(found) == set(built)]
+    # (What is below that size already is multiplied as it is.)
+    assert same == [f"MULTIPLY_BELOW {1 << 30}"]
+    for name in ("TILE", "MOST", "THREADS", "PROGRAMS", "MULTIPLY"):
+        assert any(found.startswith(name) for found in by_rival)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="waits for a machine with bash")
@@ -468,7 +488,7 @@ def test_replay_of_a_graph() -> None:
     """A replay computes anew from what the operands hold then, into the same tensors."""
     device = torch.device("cuda")
     workload = _workload("dense", "cuda")
-    (step,) = PROVIDERS[-1].prepare([workload])
+    step = RIVALS[-1].step(workload)
     replay = measure.replayed(step, device)
     del step  # What it holds is read all the same, so that nobody else may get its memory.
     others = []
@@ -480,14 +500,14 @@ def test_replay_of_a_graph() -> None:
 
 
 @on_gpu
-def test_rows_of_a_gpu(conditions: suite.Conditions, unpoisoned: None) -> None:
+def test_rows_of_a_gpu(bench_run: Run, unpoisoned: None) -> None:
     """With graphs, memory, launches, and a compiled rival."""
     listed = [Spec("dense", NUMEL), Spec("dense", NUMEL, graph=True)]
-    report = describe(conditions.device, copy_gbps=1000.0)
-    report.rows = [row for rows in _run(listed, conditions) for row in rows]
+    bench_run.fill(listed)
+    report = bench_run.report
     assert all(row.problem is None and row.median_ms for row in report.rows), report.rows
-    list(suite.count_launches(report, listed, conditions))
-    found = {row.provider: row for row in report.rows if row.case == "dense"}
+    bench_run.fill_launches(listed)
+    found = {row.rival: row for row in report.rows if row.case == "dense"}
     composition, fused = found["eager_composition"], found[FUSED]
     assert fused.launches == 2
     assert composition.launches is not None

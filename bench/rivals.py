@@ -1,0 +1,256 @@
+"""The rivals: each takes a workload and returns a step.
+
+A step is one forward and backward, or the forward pass alone where there is none. All get the same
+tensors and give the same two: the loss and the input's gradient (fresh at each step, in the input's
+type; None where a workload wants none). Some choices make the rivals as strong as they can be:
+
+- Masks. The formulas know none, so they multiply: the eager ones by floats, made before the clock
+  starts, because a mixed-type product is slower there; the compiled ones by the bool tensor itself,
+  a quarter of the bytes and converted for free inside the loop.
+- 16-bit operands are widened to float32 first, as torch.autocast does for `smooth_l1_loss`; without
+  it a float16 sum overflows, and the mask-blended form is NaN.
+- The compiled ones are specialised to each shape (`dynamic=False`), compile time not counted.
+- FlagGems, a library of Triton operators, is there where it is installed, for a loss without
+  weights on a GPU. Its operators are called; PyTorch's stay as they are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
+
+from bench.workloads import Workload, drafter_normalizer
+from fused_smoothl1 import functional, smooth_l1_loss
+
+ATEN_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as PyTorch's operators number them
+Step = Callable[[], tuple[Tensor, Tensor | None]]
+Formula = Callable[..., Tensor]  # of the arguments of `smooth_l1_loss`, with sigma
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A name, a function that makes steps, and for which workloads it does."""
+
+    name: str
+    step: Callable[[Workload], Step]
+    is_rival_of: Callable[[Workload], bool] = lambda workload: True
+    compiles: bool = False
+
+
+def classic(
+    input: Tensor,
+    target: Tensor,
+    inside: Tensor | None = None,
+    outside: Tensor | None = None,
+    *,
+    sigma: float,
+    reduction: str,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    """Blend the two branches by multiplying each with a 0/1 tensor, as the copied form does."""
+    sigma_squared = sigma**2
+    x = _weighted(_widen(input) - _widen(target), inside)
+    size = torch.abs(x)
+    is_small = (size < 1.0 / sigma_squared).detach().float()
+    quadratic = torch.pow(x, 2) * (sigma_squared / 2.0)
+    linear = size - 0.5 / sigma_squared
+    blended = quadratic * is_small + linear * (1.0 - is_small)
+    return _reduce(_weighted(blended, outside), normalizer, input.shape[0], reduction)
+
+
+def composition(
+    input: Tensor,
+    target: Tensor,
+    inside: Tensor | None = None,
+    outside: Tensor | None = None,
+    *,
+    sigma: float,
+    reduction: str,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    """Put the weights around F.smooth_l1_loss, and let it reduce where it can."""
+    input, target = _widen(input), _widen(target)
+    if inside is not None:
+        # The difference is weighted once. Weighting both operands costs as much and cancels digits.
+        input, target = inside * (input - target), input.new_zeros(()).expand_as(input)
+    reduces = outside is None and reduction != "batchmean"
+    loss = F.smooth_l1_loss(
+        input, target, beta=sigma**-2, reduction=reduction if reduces else "none"
+    )
+    if reduces:
+        return loss if normalizer is None else loss / normalizer
+    return _reduce(_weighted(loss, outside), normalizer, input.shape[0], reduction)
+
+
+def composition_for_drafter(
+    input: Tensor, target: Tensor, inside: None, mask: Tensor, **options: Any
+) -> Tensor:
+    """Average over each hidden state, then over the selected tokens, as such training code does.
+
+    The states stay in 16 bits, which is less to move; the mask's floats make the products float32.
+    """
+    losses = F.smooth_l1_loss(input, target, reduction="none")
+    return torch.sum(torch.mean(mask.float() * losses, 2)) / (mask.sum() + 1e-5)
+
+
+def fused_for_drafter(
+    input: Tensor, target: Tensor, inside: None, mask: Tensor, **options: Any
+) -> Tensor:
+    """Call the library with all of the drafter's divisors as one normalizer."""
+    options["normalizer"] = drafter_normalizer(mask)
+    return smooth_l1_loss(input, target, inside, mask, **options)
+
+
+def fused_on(backend: Any) -> Formula:
+    """Return `smooth_l1_loss` as it would be if the dispatch chose this `contract.Backend`."""
+    namespace = {**vars(functional), "backend_for": lambda input: backend}
+    copy: Any = FunctionType(
+        smooth_l1_loss.__code__, namespace, argdefs=smooth_l1_loss.__defaults__
+    )
+    copy.__kwdefaults__ = smooth_l1_loss.__kwdefaults__
+    formula: Formula = copy
+    return formula
+
+
+def autograd_step(formula: Formula, workload: Workload, *, masks_as_floats: bool = False) -> Step:
+    """Call the formula and differentiate it with autograd.grad.
+
+    So the gradient is handed over, never added to an old one. The upstream gradient is made
+    beforehand: in training it comes from the total loss.
+    """
+    formula, input, options = _for_case(formula, workload), workload.input, workload.options
+    operands = [
+        t.float() if masks_as_floats and t is not None and t.dtype == torch.bool else t
+        for t in workload.operands
+    ]
+    upstream = workload.upstream
+    if upstream is None:
+        upstream = torch.tensor(workload.loss_scale, device=input.device)
+
+    def forward() -> tuple[Tensor, None]:
+        return formula(input, *operands, **options), None
+
+    def forward_and_backward() -> tuple[Tensor, Tensor]:
+        loss = formula(input, *operands, **options)
+        (gradient,) = torch.autograd.grad(loss, input, upstream)
+        return loss.detach(), gradient
+
+    return forward_and_backward if workload.backward else forward
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values if weights is None else weights * values
+
+
+def _reduce(values: Tensor, normalizer: Tensor | None, rows: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return values
+    if reduction == "mean":
+        return values.mean()
+    if reduction == "batchmean":
+        return values.sum() / rows
+    return values.sum() if normalizer is None else values.sum() / normalizer
+
+
+def _for_case(formula: Formula, workload: Workload) -> Formula:
+    """Return what takes the formula's place on this workload, or the formula."""
+    if workload.spec.case != "drafter":
+        return formula
+    in_place_of = {composition: composition_for_drafter, smooth_l1_loss: fused_for_drafter}
+    return in_place_of.get(formula, formula)
+
+
+def _compiled_step(workload: Workload) -> Step:
+    formula = _for_case(composition, workload)
+    return autograd_step(torch.compile(formula, fullgraph=True, dynamic=False), workload)
+
+
+def _grad_and_value_step(workload: Workload) -> Step:
+    compiled = _grad_and_value(_for_case(composition, workload), workload.loss_scale)
+    operands, options = workload.operands, workload.options
+    input = workload.input.detach()  # else torch.compile would prepare a second derivative
+
+    def step() -> tuple[Tensor, Tensor]:
+        gradient, (_, loss) = compiled(input, *operands, **options)
+        return loss, gradient
+
+    return step
+
+
+@cache
+def _grad_and_value(formula: Formula, scale: float) -> Any:
+    def scaled(input: Tensor, *operands: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        loss = formula(input, *operands, **options)
+        # There is no upstream gradient to pass here: the loss scale has to be part of the function.
+        return loss * scale, loss
+
+    both: Any = torch.func.grad_and_value(scaled, has_aux=True)
+    return torch.compile(both, fullgraph=True, dynamic=False)
+
+
+@cache
+def _flag_gems_operators() -> tuple[Formula, Formula]:
+    """Return FlagGems's loss and its backward; 5.0.2 leaves the latter to PyTorch's operator."""
+    try:
+        module: Any = import_module("flag_gems.ops.smooth_l1_loss")
+    except ModuleNotFoundError:
+        module = import_module("flag_gems.experimental_ops.smooth_l1_loss")
+    backward = getattr(
+        module, "smooth_l1_loss_backward", torch.ops.aten.smooth_l1_loss_backward.default
+    )
+    return module.smooth_l1_loss, backward
+
+
+class _FlagGems(torch.autograd.Function):
+    """FlagGems's operators as PyTorch's autograd would call them, had they been registered."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str, beta: float) -> Tensor:
+        loss, ctx.operator = _flag_gems_operators()
+        ctx.save_for_backward(input, target)
+        ctx.options = (ATEN_REDUCTIONS[reduction], beta)
+        return loss(input, target, reduction=reduction, beta=beta)
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.operator(*upstreams, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+def _flag_gems(input: Tensor, target: Tensor, *weights: None, **options: Any) -> Any:
+    return _FlagGems.apply(input, target, options["reduction"], options["sigma"] ** -2)
+
+
+def _has_value_and_gradient(workload: Workload) -> bool:
+    """Whether both can come out of one pass: a loss of every element is out before the gradient."""
+    return workload.backward and workload.reduction != "none"
+
+
+def _is_for_flag_gems(workload: Workload) -> bool:
+    is_there = find_spec("flag_gems") is not None
+    return is_there and workload.input.is_cuda and not workload.is_weighted
+
+
+FUSED = "fused"
+RIVALS = (
+    Rival(
+        "eager_classic",
+        partial(autograd_step, classic, masks_as_floats=True),
+        lambda workload: workload.is_weighted,
+    ),
+    Rival("eager_composition", partial(autograd_step, composition, masks_as_floats=True)),
+    Rival("compile", _compiled_step, compiles=True),
+    Rival("compile_grad_and_value", _grad_and_value_step, _has_value_and_gradient, compiles=True),
+    Rival("flag_gems", partial(autograd_step, _flag_gems), _is_for_flag_gems),
+    Rival(FUSED, partial(autograd_step, smooth_l1_loss)),
+)
