@@ -3,7 +3,7 @@
 #
 #     bash bench/gpu.sh measure [DIR]    240 s: a smoke test, then the benchmark
 #     bash bench/gpu.sh check [DIR]      240 s: the tests, then compute-sanitizer
-#     bash bench/gpu.sh sweep [DIR]      180 s: `python -m bench tune`, the launch's constants first
+#     bash bench/gpu.sh sweep [DIR]      180 s: `python -m bench sweep`, the launch's constants
 #
 # DIR (bench/results without one) gets a log of each step, STAGE.txt with the environment and the
 # outcome, and the figures: each is written as soon as it is there, the most telling first, so what
@@ -84,7 +84,7 @@ suite() {
     "$python" -m pytest -v "${workers[@]}" "$@"
 }
 
-# sanitizer TOOL: one tool of compute-sanitizer over the small run
+# sanitizer TOOL: one tool of compute-sanitizer over the tests that are marked for it
 sanitizer() {
   local checker
   checker=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-}/bin/compute-sanitizer")
@@ -103,7 +103,7 @@ sanitizer() {
   [[ $1 == memcheck ]] && options+=(--report-api-errors no)
   # Without the caching allocator each tensor is an allocation of its own, with guarded ends.
   step "$1" "$(left)" 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "$checker" "${options[@]}" "$python" -m bench.sanitize
+    "$checker" "${options[@]}" "$python" -m pytest -q -m sanitize tests/test_calls.py
 }
 
 measure() {
@@ -131,8 +131,10 @@ check() {
 }
 
 sweep() {
-  step tune "$(left)" 300 \
-    "$python" -m bench tune --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
+  # Without a GPU the kernel runs in Triton's interpreter.
+  [[ $device == cpu ]] && export TRITON_INTERPRET=1
+  step sweep "$(left)" 300 \
+    "$python" -m bench sweep --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
 }
 
 {
