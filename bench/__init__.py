@@ -6,7 +6,7 @@ COMMANDS = {
     "codegen": "bench.codegen.table",
     "plot": "bench.plot",
     "sweep": "bench.sweep",
-    "torchvision": "bench.demos.torchvision",
+    "torchvision": "bench.demos.detector",
     "train": "bench.demos.train",
 }
 """What may follow `python -m bench`, and the modules whose `main` takes the arguments after it."""

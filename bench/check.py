@@ -41,11 +41,10 @@ def problem(
 ) -> str | None:
     """Say what is wrong with an answer, or return None.
 
-    A reduced loss has terms of at least 0 and is added up in trees, so that little is lost. A rival
-    may hold single terms in the operands' type; those roundings cancel like a random walk. Each
-    element of a loss or a gradient may have some float32 roundings, and four to its own type, in
-    which PyTorch's backward of 16-bit operands computes on a GPU; below that type's normal range,
-    one step of the subnormal grid.
+    A reduced loss is a sum of terms of at least 0, in trees. A rival may hold single terms in the
+    operands' type; those roundings cancel like a random walk. Single elements may have some float32
+    roundings, and four to their own type, in which PyTorch's backward of 16-bit operands computes
+    on a GPU; below that type's normal range, one step of the subnormal grid.
     """
     input = workload.input
     if loss.shape != truth.loss.shape:
@@ -87,7 +86,9 @@ def _reference(workload: Workload, rows: slice) -> Expected:
     # A block does not know the whole, so it sums, and is divided by what the whole is divided by.
     reduction = "none" if workload.reduction == "none" else "sum"
     total = composition(input, target, inside, outside, sigma=workload.sigma, reduction=reduction)
-    loss = total / workload.divisor
+    numbers = {"mean": workload.input.numel(), "batchmean": len(workload.input)}
+    divisor = numbers.get(workload.reduction, 1)
+    loss = total / (divisor if workload.normalizer is None else workload.normalizer)
     if not workload.backward:
         return Expected(loss, None)
     upstream = block(workload.upstream)

@@ -33,6 +33,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 results=${2:-$root/bench/results}
 mkdir -p "$results" && results=$(cd "$results" && pwd) || exit 2
 cd "$root" || exit 2
+unset PYTEST_ADDOPTS
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-$(command -v python3 || command -v python)}
 device=${DEVICE:-cuda}
@@ -81,7 +82,7 @@ suite() {
   fi
   # A worker that compiles with torch.compile would start workers of its own for that.
   step "$name" "$limit" 30 env TORCHINDUCTOR_COMPILE_THREADS=1 \
-    "$python" -m pytest -v "${workers[@]}" "$@"
+    "$python" -m pytest -v --continue-on-collection-errors "${workers[@]}" "$@"
 }
 
 # sanitizer TOOL: one tool of compute-sanitizer over the tests that are marked for it
@@ -101,9 +102,8 @@ sanitizer() {
   local options=(--tool "$1" --target-processes application-only --error-exitcode 9)
   # PyTorch asks the driver what may fail, and handles it.
   [[ $1 == memcheck ]] && options+=(--report-api-errors no)
-  # Without the caching allocator each tensor is an allocation of its own, with guarded ends.
-  step "$1" "$(left)" 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "$checker" "${options[@]}" "$python" -m pytest -q -m sanitize tests/test_calls.py
+  step "$1" "$(left)" 15 \
+    "$checker" "${options[@]}" "$python" -m pytest -v -m sanitize tests/test_calls.py
 }
 
 measure() {

@@ -1,12 +1,14 @@
 """Host time of a call too small for the device to matter: what a wrapper costs by itself."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 
 from bench.measure import measure
-from bench.rivals import Formula, autograd_step, composition, fused_on
-from bench.workloads import Spec, Workload, build
+from bench.rivals import composition, fused_on
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.contract import Gradients, Needs, Problem
 
@@ -17,20 +19,29 @@ SECONDS = 1.0
 def host_us(device: torch.device) -> dict[str, dict[str, float]]:
     """Return microseconds of forward + backward on `NUMEL` float32 elements for each contender.
 
-    `smooth_l1_loss_plain` is PyTorch's own loss without any weights, `eager_composition` the same
-    with two weights around it, as in the workloads; `fused_plain` and `fused` do the same work.
-    `fused_without_backend` is `fused` with nothing computed and nothing launched: the checks, the
-    autograd Function and PyTorch's engine. The rest of `fused` is its backend's.
+    `smooth_l1_loss_plain` is PyTorch's own loss, `eager_composition` the same with two weights
+    around it; `fused_plain` and `fused` do the same work. `fused_without_backend` computes and
+    launches nothing: the checks, the autograd Function and PyTorch's engine are left.
     """
-    plain, dense = (build(Spec(case, NUMEL), device) for case in ("no_weights", "dense"))
-    contenders: dict[str, tuple[Formula, Workload]] = {
-        "smooth_l1_loss_plain": (lambda i, t, *none, **options: F.smooth_l1_loss(i, t), plain),
-        "fused_plain": (smooth_l1_loss, plain),
-        "eager_composition": (composition, dense),
-        "fused": (smooth_l1_loss, dense),
-        "fused_without_backend": (fused_on(_Idle(dense.input)), dense),
+    generator = torch.Generator().manual_seed(0)
+    input, target, inside, outside = (
+        torch.randn(NUMEL, generator=generator).to(device) for _ in range(4)
+    )
+    input.requires_grad_()
+    idle, weighted = fused_on(_Idle(input.detach())), (input, target, inside, outside)
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "smooth_l1_loss_plain": lambda: F.smooth_l1_loss(input, target),
+        "fused_plain": lambda: smooth_l1_loss(input, target),
+        "eager_composition": lambda: composition(*weighted, sigma=1.0, reduction="mean"),
+        "fused": lambda: smooth_l1_loss(*weighted),
+        "fused_without_backend": lambda: idle(*weighted),
     }
-    steps = {name: [autograd_step(*contender)] for name, contender in contenders.items()}
+
+    def step(loss: Callable[[], Tensor]) -> None:
+        input.grad = None
+        loss().backward()
+
+    steps = {name: [partial(step, loss)] for name, loss in contenders.items()}
     return {
         name: {key.removesuffix("_ms"): 1e3 * ms for key, ms in timing._asdict().items()}
         for name, timing in measure(steps, device, SECONDS).items()
@@ -41,7 +52,7 @@ class _Idle:
     """A `contract.Backend` that has made its results beforehand."""
 
     def __init__(self, input: Tensor) -> None:
-        self._loss, self._gradient = input.detach().sum(), torch.zeros_like(input)
+        self._loss, self._gradient = input.new_zeros(()), torch.zeros_like(input)
 
     def forward(
         self, problem: Problem, needs: Needs, *, is_recorded: bool = False

@@ -7,14 +7,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Action = Callable[[], object]
-Result = TypeVar("Result")
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
 COPY_SECONDS = 0.5
@@ -51,9 +50,9 @@ def measure(
     samplers = {name: _sampler(choices, turn, device) for name, choices in actions.items()}
     samples: dict[str, list[float]] = {name: [] for name in actions}
     rounds, done = MOST_ROUNDS, 0
-    began = time.perf_counter()
     gc.collect()
     gc.disable()  # so that it does not run inside somebody's sample
+    began = time.perf_counter()
     try:
         while done < rounds:
             for name, sample in samplers.items():
@@ -103,7 +102,7 @@ def launches(action: Action) -> int | None:
     return sum(event.get("cat") in TRACED_LAUNCHES for event in events) or None
 
 
-def replayed(action: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+def replayed(action: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """Capture the action in a CUDA graph; return its replay, which gives the same tensors anew."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -115,19 +114,12 @@ def replayed(action: Callable[[], Result], device: torch.device) -> Callable[[],
     with torch.cuda.graph(graph):
         results = action()
 
-    def replay(kept: Callable[[], Result] = action) -> Result:
+    def replay(kept: Callable[[], Any] = action) -> Any:
         # The graph reads the memory of what the action holds, and does not keep it alive.
         graph.replay()
         return results
 
     return replay
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Return the size of the GPU's L2; 0 on a CPU, where operands are not rotated."""
-    if device.type != "cuda":
-        return 0
-    return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def _sampler(
@@ -170,5 +162,4 @@ def _trace(action: Action, activities: list[ProfilerActivity]) -> list[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    return events
+        return list(json.loads(path.read_text())["traceEvents"])

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 def write_plots(report: Report, path: Path) -> None:
     """Draw both pictures beside the report's file, of what there is to draw."""
     groups = [
-        (f"{case}\n{dtype}", timed)
+        (f"{case}\n{dtype}", sorted(timed, key=lambda row: row.numel))
         for (case, dtype), rows in report.groups()
         if (timed := [row for row in rows if row.median_ms is not None])
     ]
@@ -90,11 +90,10 @@ def _save(figure: Figure, title: str, path: Path) -> None:
 def _times(axes: Axes, rows: list[Row], report: Report) -> None:
     _lines(axes, rows, "median_ms")
     for rival, (color, _) in STYLES.items():
-        series = _series(rows, rival)
-        edges = (_values(series, "p20_ms"), _values(series, "p80_ms"))
-        axes.fill_between(
-            [row.numel for row in series], *edges, color=color, alpha=0.15, linewidth=0
-        )
+        series = [row for row in rows if row.rival == rival]
+        edges = [_values(series, name) for name in ("p20_ms", "p80_ms")]
+        sizes = [row.numel for row in series]
+        axes.fill_between(sizes, edges[0], edges[1], color=color, alpha=0.15, linewidth=0)
     floors = sorted({(row.numel, _floor_ms(row, report)) for row in rows})
     axes.plot(*zip(*floors, strict=True), **FLOOR_STYLE)
     axes.set_yscale("log")
@@ -118,7 +117,7 @@ def _memory_bars(axes: Axes, rows: list[Row], report: Report) -> None:
 def _lines(axes: Axes, rows: list[Row], name: str) -> None:
     """Draw a figure over the size, a line for each rival."""
     for rival, (color, marker) in STYLES.items():
-        series = _series(rows, rival)
+        series = [row for row in rows if row.rival == rival]
         width = 2.2 if rival == FUSED else 1.3
         sizes, values = [row.numel for row in series], _values(series, name)
         axes.plot(sizes, values, color=color, marker=marker, linewidth=width, markersize=5)
@@ -141,10 +140,6 @@ def _bars(axes: Axes, rows: list[Row], name: str, unit: float = 1.0) -> Row:
     axes.grid(alpha=0.3, axis="y")
     axes.set_axisbelow(True)
     return largest[0]
-
-
-def _series(rows: list[Row], rival: str) -> list[Row]:
-    return sorted((row for row in rows if row.rival == rival), key=lambda row: row.numel)
 
 
 def _values(rows: list[Row], name: str) -> list[float]:

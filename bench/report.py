@@ -71,6 +71,13 @@ class Row:
     problem: str | None = None
     left_out: str | None = None
 
+    @property
+    def median(self) -> str:
+        """The median in milliseconds, or a word for why there is none."""
+        if self.median_ms is None:
+            return "left out" if self.left_out else "failed"
+        return number(self.median_ms)
+
 
 @dataclass
 class Report:
@@ -134,7 +141,8 @@ def describe(device: torch.device) -> Machine:
 
 def file_stem(device: torch.device) -> str:
     """Name a run's files after its device."""
-    return "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", _device_name(device).lower())
+    name = re.sub(r"\W+", "-", _device_name(device).lower()).strip("-")
+    return "cpu" if device.type == "cpu" else name
 
 
 def console() -> Console:
@@ -169,21 +177,21 @@ def print_report(report: Report, compared: str) -> None:
         for name, timing in report.host_us.items():
             host.add_row(name, *map(number, timing.values()))
         out.print(host)
-    for text in report.left_out:
-        out.print(Text(text, style="yellow"))
+    reasons = list(report.left_out)
     for row in report.rows:
-        reason = row.problem or row.left_out
-        if reason:
-            text = f"{row.rival} on {row.case} {row.numel:,} {row.dtype}: {reason}"
-            out.print(Text(text, style="red" if row.problem else "yellow"))
+        if row.problem or row.left_out:
+            named = f"{row.rival} on {row.case} {row.numel:,} {row.dtype}"
+            reasons.append(f"{named}: {row.problem or row.left_out}")
+    for reason in reasons:
+        out.print(Text(reason, style="yellow"))
     out.print(LEGEND.format(compared, report.copy_gbps))
 
 
 def number(value: float | None) -> str:
-    """Show four digits of a number, or that there is none."""
+    """Show four digits of a number, never with an exponent, or that there is none."""
     if value is None:
         return MISSING
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,.{max(4 - len(str(int(value))), 0)}f}"
 
 
 def _table(title: str, rows: list[Row], compared: str) -> Table:
@@ -192,25 +200,19 @@ def _table(title: str, rows: list[Row], compared: str) -> Table:
         of_size = list(group)
         base = next((row.median_ms for row in of_size if row.rival == compared), None)
         for index, row in enumerate(of_size):
-            size = "" if index else f"{numel:,}"
-            style = "bold green" if row.rival == compared else None
-            filled.add_row(size, row.rival, *_figures(row, base), style=style)
+            extra, share = row.peak_extra_bytes, row.percent_of_copy
+            filled.add_row(
+                "" if index else f"{numel:,}",
+                *(row.rival, row.median, number(row.p20_ms), number(row.p80_ms)),
+                f"{row.median_ms / base:.2f}x" if row.median_ms and base else MISSING,
+                *(number(row.floor_bytes / 1e6 or None), number(row.gbps)),
+                MISSING if share is None else f"{share:.0f}%",
+                MISSING if extra is None else number(extra / 1e6),
+                str(row.launches or MISSING),
+                style="bold green" if row.rival == compared else None,
+            )
         filled.add_section()
     return filled
-
-
-def _figures(row: Row, base_ms: float | None) -> list[str]:
-    if row.median_ms is None:
-        return ["left out" if row.left_out else "failed", *[MISSING] * (len(HEADINGS) - 1)]
-    return [
-        *map(number, (row.median_ms, row.p20_ms, row.p80_ms)),
-        MISSING if base_ms is None else f"{row.median_ms / base_ms:.2f}x",
-        number(row.floor_bytes / 1e6),
-        number(row.gbps),
-        MISSING if row.percent_of_copy is None else f"{row.percent_of_copy:.0f}%",
-        MISSING if row.peak_extra_bytes is None else number(row.peak_extra_bytes / 1e6),
-        MISSING if row.launches is None else str(row.launches),
-    ]
 
 
 def _rounded(value: Any) -> Any:
@@ -225,6 +227,8 @@ def _rounded(value: Any) -> Any:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    text = collect_env.get_cpu_info(collect_env.run)  # of lscpu, or of what stands for it
-    named = re.search(r"(?:Model name:\s*|Name: )(.+)", text)
-    return f"{named[1] if named else platform.machine()}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,8 +1,8 @@
 """The rivals: each takes a workload and returns a step.
 
-A step is one forward and backward, or the forward pass alone where there is none. All get the same
-tensors and give the same two: the loss and the input's gradient (fresh at each step, in the input's
-type; None where a workload wants none). Some choices make the rivals as strong as they can be:
+A step is one forward and backward, or the forward pass alone. All get the same tensors and give the
+same two: the loss and the input's gradient (fresh at each step, in the input's type; None where a
+workload wants none). Some choices make the rivals as strong as they can be:
 
 - Masks. The formulas know none, so they multiply: the eager ones by floats, made before the clock
   starts, because a mixed-type product is slower there; the compiled ones by the bool tensor itself,
@@ -108,15 +108,13 @@ def fused_for_drafter(
     return smooth_l1_loss(input, target, inside, mask, **options)
 
 
-def fused_on(backend: Any) -> Formula:
+def fused_on(backend: Any) -> Any:
     """Return `smooth_l1_loss` as it would be if the dispatch chose this `contract.Backend`."""
     namespace = {**vars(functional), "backend_for": lambda input: backend}
-    copy: Any = FunctionType(
-        smooth_l1_loss.__code__, namespace, argdefs=smooth_l1_loss.__defaults__
-    )
+    code, defaults = smooth_l1_loss.__code__, smooth_l1_loss.__defaults__
+    copy: Any = FunctionType(code, namespace, argdefs=defaults)
     copy.__kwdefaults__ = smooth_l1_loss.__kwdefaults__
-    formula: Formula = copy
-    return formula
+    return copy
 
 
 def autograd_step(formula: Formula, workload: Workload, *, masks_as_floats: bool = False) -> Step:
@@ -172,8 +170,12 @@ def _for_case(formula: Formula, workload: Workload) -> Formula:
 
 
 def _compiled_step(workload: Workload) -> Step:
-    formula = _for_case(composition, workload)
-    return autograd_step(torch.compile(formula, fullgraph=True, dynamic=False), workload)
+    return autograd_step(_compiled(_for_case(composition, workload)), workload)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _grad_and_value_step(workload: Workload) -> Step:
@@ -195,8 +197,7 @@ def _grad_and_value(formula: Formula, scale: float) -> Any:
         # There is no upstream gradient to pass here: the loss scale has to be part of the function.
         return loss * scale, loss
 
-    both: Any = torch.func.grad_and_value(scaled, has_aux=True)
-    return torch.compile(both, fullgraph=True, dynamic=False)
+    return _compiled(torch.func.grad_and_value(scaled, has_aux=True))
 
 
 @cache
@@ -231,16 +232,6 @@ def _flag_gems(input: Tensor, target: Tensor, *weights: None, **options: Any) ->
     return _FlagGems.apply(input, target, options["reduction"], options["sigma"] ** -2)
 
 
-def _has_value_and_gradient(workload: Workload) -> bool:
-    """Whether both can come out of one pass: a loss of every element is out before the gradient."""
-    return workload.backward and workload.reduction != "none"
-
-
-def _is_for_flag_gems(workload: Workload) -> bool:
-    is_there = find_spec("flag_gems") is not None
-    return is_there and workload.input.is_cuda and not workload.is_weighted
-
-
 FUSED = "fused"
 RIVALS = (
     Rival(
@@ -250,7 +241,17 @@ RIVALS = (
     ),
     Rival("eager_composition", partial(autograd_step, composition, masks_as_floats=True)),
     Rival("compile", _compiled_step, compiles=True),
-    Rival("compile_grad_and_value", _grad_and_value_step, _has_value_and_gradient, compiles=True),
-    Rival("flag_gems", partial(autograd_step, _flag_gems), _is_for_flag_gems),
+    Rival(
+        "compile_grad_and_value",
+        _grad_and_value_step,
+        # Both come out of one pass: not where the loss of every element is out before the gradient.
+        lambda workload: workload.backward and workload.reduction != "none",
+        compiles=True,
+    ),
+    Rival(
+        "flag_gems",
+        partial(autograd_step, _flag_gems),
+        lambda w: find_spec("flag_gems") is not None and w.input.is_cuda and not w.is_weighted,
+    ),
     Rival(FUSED, partial(autograd_step, smooth_l1_loss)),
 )

@@ -50,14 +50,6 @@ class Scene(NamedTuple):
     boxes: Floats
 
 
-class RpnTargets(NamedTuple):
-    """The loss layer's operands, each (1, 4A, H, W) float32; deltas are in units of the anchor."""
-
-    targets: torch.Tensor
-    inside_weights: torch.Tensor
-    outside_weights: torch.Tensor
-
-
 @cache
 def digit_scans() -> Floats:
     """Return the scans (1797, 8, 8), values 0 to 16."""
@@ -143,10 +135,13 @@ def decode(anchors: Floats, deltas: Floats) -> Floats:
     return np.concatenate([corners, corners + sizes - 1], axis=1)
 
 
-def targets_of(boxes: Floats, rng: np.random.Generator, layout: Layout = PUBLISHED) -> RpnTargets:
-    """Make the targets and weights of an image with these ground-truth boxes (n, 4).
+def targets_of(
+    boxes: Floats, rng: np.random.Generator, layout: Layout = PUBLISHED
+) -> tuple[torch.Tensor, ...]:
+    """Return an image's targets, inside and outside weights, each (1, 4A, H, W) float32.
 
-    With the published layout they have 4 * 9 * 38 * 63 = 86,184 elements each.
+    Its ground-truth boxes are (n, 4). The targets are in units of the anchor. With the published
+    layout each has 4 * 9 * 38 * 63 = 86,184 elements.
     """
     anchors = all_anchors(layout)
     inside_canvas = trained_anchors(anchors, layout)
@@ -166,7 +161,7 @@ def targets_of(boxes: Floats, rng: np.random.Generator, layout: Layout = PUBLISH
     targets[inside_canvas] = encode(candidates, boxes[iou.argmax(axis=1)])
     inside_weights[inside_canvas[positives]] = 1.0
     outside_weights[inside_canvas[sampled]] = 1.0 / len(sampled)
-    return RpnTargets(*(_to_map(v, layout) for v in (targets, inside_weights, outside_weights)))
+    return tuple(_to_map(values, layout) for values in (targets, inside_weights, outside_weights))
 
 
 def _sample(flags: npt.NDArray[np.bool_], most: int, rng: np.random.Generator) -> Ints:

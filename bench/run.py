@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from rich.progress import Progress
 
 from bench import COMMANDS, check, measure
 from bench.host import host_us
-from bench.report import RESULTS, Report, Row, console, describe, file_stem, number, print_report
+from bench.measure import Action
+from bench.report import RESULTS, Report, Row, console, describe, file_stem, print_report
 from bench.rivals import FUSED, RIVALS, Rival, Step
 from bench.workloads import Spec, Workload, build, rotation, specs
 
 SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing, for all rivals of a workload together
-EXTRA_SECONDS = 2.0  # what host times, or counting launches, may take without compilation
-LAST_SECONDS = 30.0  # kept for them
+HOST_SECONDS = 5.0  # what the host times may take, compilation of their kernels included
+COUNT_SECONDS = 1.0  # what a rival's launches may take to count
+LAST_SECONDS = 30.0  # kept for both of these
 FIRST_COMPILE_SECONDS = 30.0  # what torch.compile may take before it has shown what it takes
 MOST_COPIES = 64  # of a workload on a GPU; where more would fit, launching is the limit anyway
 PROBLEM_CHARACTERS = 300
@@ -59,6 +61,7 @@ class Run:
     clock: Clock
     report: Report
     path: Path
+    at: Callable[[str], None] = print  # is told what is being done
 
     def fill(self, specs: Sequence[Spec]) -> None:
         """Measure workload by workload, into report and file: an interruption loses only one."""
@@ -66,13 +69,13 @@ class Run:
         # A bar is for eyes: in a pipe or a file it would only leave control characters.
         with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
             task = bar.add_task("", total=len(specs))
+            self.at = lambda text: bar.update(task, description=text)
             for spec in specs:
-                bar.update(task, description=str(spec))
                 rows = self.rows(spec)
                 self.report.rows += rows
                 self.report.write(self.path)
-                told = (f"{row.rival} {number(row.median_ms)}" for row in rows)
-                out.print(f"{spec}, ms: {', '.join(told)}", soft_wrap=True)
+                told = ", ".join(f"{row.rival} {row.median}" for row in rows)
+                out.print(f"{spec}, ms: {told}", soft_wrap=True)
                 bar.advance(task)
 
     def rows(self, spec: Spec) -> list[Row]:
@@ -97,16 +100,19 @@ class Run:
         by_name = {rival.name: rival for rival in self.rivals}
         for spec in firsts.values():
             torch.compiler.reset()
+            built = cache(partial(build, spec, self.device))
             for at, row in enumerate(self.report.rows):
                 key = (row.case, row.dtype, row.numel)
                 if key == (spec.name, spec.dtype_name, spec.numel) and row.median_ms is not None:
                     rival = by_name[row.rival]
-                    count = partial(self._count, at, rival, spec)
-                    self.attempt(f"launches of {row.rival} on {spec}", count, rival.compiles)
+                    count = partial(self._count, at, rival, built)
+                    what = f"launches of {row.rival} on {spec}"
+                    self.attempt(what, COUNT_SECONDS, count, rival.compiles)
+            self.report.write(self.path)
 
-    def attempt(self, what: str, action: Callable[[], None], compiles: bool = False) -> None:
+    def attempt(self, what: str, seconds: float, action: Action, compiles: bool = False) -> None:
         """Do what the rows can do without, or tell why not."""
-        left_out = self.clock.why_not(EXTRA_SECONDS, compiles)
+        left_out = self.clock.why_not(seconds, compiles)
         if left_out is None:
             try:
                 action()
@@ -115,13 +121,13 @@ class Run:
         if left_out is not None:
             self.report.left_out.append(f"{what}: {left_out}")
 
-    def _count(self, at: int, rival: Rival, spec: Spec) -> None:
-        step = rival.step(build(spec, self.device))
+    def _count(self, at: int, rival: Rival, built: Callable[[], Workload]) -> None:
+        step = rival.step(built())
         step()  # compiles what compiles
         launches = measure.launches(step)
         self.report.rows[at] = replace(self.report.rows[at], launches=launches)
 
-    def finish(self, work: Callable[[], None], compared: str) -> int:
+    def finish(self, work: Action, compared: str) -> int:
         """Do the work, or what Ctrl-C leaves of it, then write and print; return the status."""
         try:
             work()
@@ -138,16 +144,21 @@ class Run:
         spec, device = workload.spec, self.device
         torch.compiler.reset()  # else a new shape would be taken for a dynamic one
         truth = check.expected(workload)
-        copies = rotation(workload, measure.cache_bytes(device), MOST_COPIES)
-        name, numel, floor = spec.name, workload.input.numel(), workload.floor_bytes
+        # On a CPU operands are not rotated.
+        cache = (
+            torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        )
+        copies = rotation(workload, cache, MOST_COPIES)
+        numel, floor = workload.input.numel(), workload.floor_bytes
         steps: dict[str, list[Step]] = {}
         rows: dict[str, Row] = {}
         for rival in self.rivals:
             if not rival.is_rival_of(workload):
                 continue
-            row = Row(name, rival.name, spec.dtype_name, numel, floor)
+            row = Row(spec.name, rival.name, spec.dtype_name, numel, floor)
             left_out = self.clock.why_not(self.seconds, rival.compiles)
             if left_out is None:
+                self.at(f"{spec}: checking {rival.name}")
                 began = time.monotonic()
                 try:
                     own = [rival.step(copy) for copy in copies]
@@ -163,6 +174,7 @@ class Run:
                 row = replace(row, problem=problem)
             rows[rival.name] = replace(row, left_out=left_out)
         del truth
+        self.at(f"{spec}: timing")
         for name, timing in measure.measure(steps, device, self.seconds).items():
             gbps = floor / timing.median_ms / 1e6
             # What a graph needs was taken when it was captured.
@@ -184,18 +196,17 @@ def begin(options: argparse.Namespace, rivals: Sequence[Rival], seconds: float, 
 def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of what every measuring command understands."""
     parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the figures")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
     parser.add_argument(
         "--limit",
         type=float,
         default=inf,
         metavar="SECONDS",
-        help="after which nothing new is begun, nor drawn: what is left out, the file says",
+        help="after which nothing new is begun: what is left out, the file says",
     )
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--device", type=device_named, default=best, help="cpu, cuda, or cuda:1 (the best)"
-    )
+    named = "cpu, cuda, or cuda:1 and so on (default: the best there is)"
+    parser.add_argument("--device", type=device_named, default=best, help=named)
     return parser
 
 
@@ -224,9 +235,8 @@ def main(arguments: Sequence[str]) -> int:
     # A quick run never takes a full run's place.
     name, seconds = ("{}-quick", QUICK_SECONDS) if options.quick else ("{}", SECONDS)
     if options.quick:
-        # A cold torch.compile tries the C++ compiler on vector code for seconds. What it generates
-        # is the same wherever the compiler knows the processor's instructions; where it does not,
-        # the compiled rivals are reported as unable to run. Read when Inductor is loaded.
+        # Read when Inductor is loaded, which else tries the C++ compiler on vector code for
+        # seconds. Where that cannot do it, the compiled rivals are reported as unable to run.
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     run = begin(options, RIVALS, seconds, name)
 
@@ -235,7 +245,8 @@ def main(arguments: Sequence[str]) -> int:
         run.clock.reserved = LAST_SECONDS
         run.fill(listed)
         run.clock.reserved = 0.0
-        run.attempt("host times", lambda: run.report.host_us.update(host_us(run.device)))
+        host = partial(host_us, run.device)
+        run.attempt("host times", HOST_SECONDS, lambda: run.report.host_us.update(host()))
         run.report.write(run.path)
         if run.device.type == "cuda":  # A CPU has no launches.
             run.fill_launches(listed)

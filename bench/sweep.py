@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,9 +46,8 @@ def specs(device: torch.device) -> list[Spec]:
     """Return the workloads: first the kernels alone, in graphs, then calls with the host's time."""
     if device.type == "cpu":
         return [Spec("dense", 2**14), Spec("dense", 2**14, torch.bfloat16), Spec("row_mask", 2**14)]
-    largest = 2**26
-    alone = [Spec("dense", largest, graph=True), Spec("dense", largest, torch.bfloat16, graph=True)]
-    alone += [Spec("dense", 2**22, graph=True), Spec("row_mask", largest, graph=True)]
+    alone = [Spec("dense", 2**26, graph=True), Spec("dense", 2**26, torch.bfloat16, graph=True)]
+    alone += [Spec("dense", 2**22, graph=True), Spec("row_mask", 2**26, graph=True)]
     return alone + [Spec("dense", n) for n in (RPN, 2**18, 2**20, 2**22)]
 
 
@@ -57,8 +57,8 @@ def rivals(device: torch.device) -> list[Rival]:
         from fused_smoothl1 import launch
     except ImportError as error:
         sys.exit(f"bench: a sweep is of Triton's launches, and Triton cannot be imported: {error}")
-    if device.type == "cpu" and not launch.INTERPRETED:
-        sys.exit("bench: a sweep needs a GPU; TRITON_INTERPRET=1 rehearses it without one")
+    if (device.type == "cpu") != launch.INTERPRETED:
+        sys.exit("bench: a sweep is of a GPU; without one, TRITON_INTERPRET=1 rehearses it")
     return [
         Rival(
             ", ".join(f"{name} {value}" for name, value in constants.items()) or AS_BUILT,
@@ -70,9 +70,7 @@ def rivals(device: torch.device) -> list[Rival]:
 
 def _varied(launch: ModuleType, constants: dict[str, int]) -> ModuleType:
     """Load the module once more, with these constants and a memory of its own."""
-    spec = spec_from_file_location(f"{launch.__name__}_varied", launch.__file__)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = spec_from_file_location(f"{launch.__name__}_varied", launch.__file__)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     for name, value in constants.items():

@@ -61,6 +61,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") == "sanitize":
+        # Each tensor is an allocation of its own then, whose ends compute-sanitizer guards.
+        os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     # The tensors are small, and on a busy machine threads wait for each other far longer than
     # they work.
     torch.set_num_threads(1)

@@ -49,7 +49,7 @@ def coin(*shape: int, seed: int, p: float = 0.5, device: str = "cpu") -> Tensor:
 
 
 def maker(device: str) -> Callable[..., Tensor]:
-    """Return what makes the operands of a `bench.codegen.calls.Call`, other ones at each call."""
+    """Return what makes the operands of a `bench.codegen.calls.Call`, each with its own seed."""
     seeds = itertools.count()
 
     def make(*shape: int, dtype: str) -> Tensor:

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import check, measure, rivals, run, sweep
+from bench import COMMANDS, check, host, measure, rivals, run, sweep
+from bench.__main__ import main as bench_main
+from bench.plot import STYLES
 from bench.plot import main as plot
-from bench.report import Report, Row, describe, read
+from bench.report import Report, Row, describe, number, print_report, read
 from bench.rivals import FUSED, RIVALS
 from bench.run import Clock, Run
 from bench.workloads import HIDDEN, Spec, Workload, build, rotation, specs
@@ -44,9 +47,11 @@ def _workload(case: str, device: str, dtype: torch.dtype = torch.float32) -> Wor
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch.compile return what it is given."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    rivals._grad_and_value.cache_clear()
+    for kept in (rivals._compiled, rivals._grad_and_value):
+        kept.cache_clear()
     yield
-    rivals._grad_and_value.cache_clear()
+    for kept in (rivals._compiled, rivals._grad_and_value):
+        kept.cache_clear()
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def bench_run(device: str, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("block", [2**14, 2**30], ids=["in_blocks", "whole"])
 def test_right_answer(case: str, block: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What providers are checked against is the oracle's answer, for each dtype of operands."""
+    """What rivals are checked against is the oracle's answer, for each dtype of operands."""
     monkeypatch.setattr(check, "BLOCK_ELEMENTS", block)
     for dtype in (torch.float32, torch.float16):
         workload = _workload(case, device, dtype)
@@ -110,6 +115,29 @@ def test_the_drafters_rival_is_its_own(
             step = rival.step(workload)
             with pytest.raises(NotImplementedError):
                 step()
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the types of what operations are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= {value.dtype for value in args if isinstance(value, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_rivals_multiply_by_floats(device: str, uncompiled: None) -> None:
+    """A mask is converted before the clock starts; what is compiled gets it as it is."""
+    workload = _workload("row_mask", device)
+    for rival in RIVALS:
+        if rival.name in ("eager_composition", "compile", "compile_grad_and_value"):
+            step = rival.step(workload)
+            with _Dtypes() as seen:
+                step()
+            assert (torch.bool in seen.found) == rival.compiles, rival.name
 
 
 def test_flag_gems_is_a_rival_of_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,8 +363,28 @@ def test_report_round_trip(tmp_path: Path) -> None:
 
 def test_results_can_be_drawn() -> None:
     for path in (ROOT / "bench" / "results").glob("*.json"):
-        if not path.name.startswith(("train", "tune", "torchvision")):
-            assert read(path).rows
+        if not path.name.startswith(("train", "tune", "torchvision", "sweep")):
+            assert {row.rival for row in read(path).rows} - {run.ALL} <= set(STYLES)
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """They say how many times as fast one rival is, and why another one has no figures."""
+    timed: Any = {"p20_ms": 1.0, "p80_ms": 3.0, "gbps": 1.0, "percent_of_copy": 12.0}
+    report = Report(describe(torch.device("cpu")), copy_gbps=10.0)
+    report.rows = [
+        Row("dense", "compile", "float32", 4, 80, median_ms=3.0, **timed),
+        Row("dense", "eager_classic", "float32", 4, 80, problem="no memory"),
+        Row("dense", FUSED, "float32", 4, 80, median_ms=2.0, **timed),
+    ]
+    print_report(report, compared=FUSED)
+    table = capsys.readouterr().out
+    (compiled,) = (line for line in table.splitlines() if "compile" in line)
+    figures = "3.000, 1.000, 3.000, 1.50x, 0.000, 1.000, 12%, -, -"
+    assert compiled.split()[2:] == figures.split(", ")
+    assert "eager_classic on dense 4 float32: no memory" in table
+    assert [number(value) for value in (None, 4e-6, 0.51239, 117.84, 12345.6)] == [
+        *("-", "0.000", "0.512", "117.8", "12,346"),
+    ]
 
 
 def test_pictures_of_a_report_with_gaps(tmp_path: Path) -> None:
@@ -384,6 +432,26 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "COPY_SECONDS", 0.0)
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is there, and says what it is for."""
+    with pytest.raises(SystemExit) as ended:
+        bench_main([*filter(None, [command]), "--help"])
+    assert ended.value.code == 0
+    assert f"python -m bench {command}".strip() in capsys.readouterr().out
+
+
+def test_a_problem_is_the_exit_status(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lies(workload: Workload) -> Any:
+        return lambda: (torch.zeros(()), None)
+
+    monkeypatch.setattr(run, "specs", lambda device, quick: [Spec("dense", NUMEL)])
+    monkeypatch.setattr(run, "RIVALS", (replace(RIVALS[0], step=lies), RIVALS[-1]))
+    assert run.main(["--out", str(tmp_path)]) == 1
+
+
 def test_figures_are_written_as_they_come(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,10 +479,30 @@ def test_limit(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(report.rows) > 10
     assert all(row.left_out is not None for row in report.rows)
     assert report.left_out[0].startswith("host times: ")
+    # What comes last has its time reserved.
+    limit = str(run.LAST_SECONDS - 5)
+    assert run.main(["--out", str(tmp_path), "--limit", limit]) == 0
+    assert all(row.left_out is not None for row in read(path).rows)
+    assert read(path).host_us
     monkeypatch.setattr(run, "specs", lambda device, quick: [Spec("dense", NUMEL)])
     assert run.main(["--out", str(tmp_path), "--limit", "1000"]) == 0
     assert list(tmp_path.iterdir()) == [path]
     assert all(row.median_ms is not None for row in read(path).rows)
+
+
+def test_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In microseconds, of calls that can be made."""
+
+    def measured(steps: dict[str, list[measure.Action]], *_: Any) -> dict[str, measure.Timing]:
+        for name in steps:
+            steps[name][0]()
+        return dict.fromkeys(steps, measure.Timing(0.5, 0.25, 1.0))
+
+    monkeypatch.setattr(host, "measure", measured)
+    found = host.host_us(torch.device("cpu"))
+    names = "smooth_l1_loss_plain fused_plain eager_composition fused fused_without_backend"
+    assert list(found) == names.split()
+    assert all(times == {"median": 500, "p20": 250, "p80": 1000} for times in found.values())
 
 
 def test_device_by_name(
@@ -471,6 +559,31 @@ def test_sweep(bench_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert same == [f"MULTIPLY_BELOW {1 << 30}"]
     for name in ("TILE", "MOST", "THREADS", "PROGRAMS", "MULTIPLY"):
         assert any(found.startswith(name) for found in by_rival)
+
+
+@on_interpreter
+@pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+def test_command_of_the_sweep(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_smoothl1 import launch
+
+    monkeypatch.setattr(sweep, "SECONDS", 0.0)
+    monkeypatch.setattr(sweep, "VARIED", ({}, {"THREADS": 64}))
+    monkeypatch.setattr(sweep, "specs", lambda device: [Spec("dense", 64)])
+    assert sweep.main(["--out", str(tmp_path)]) == 0
+    report = read(tmp_path / "sweep-cpu.json")
+    assert [row.rival for row in report.rows] == [sweep.AS_BUILT, "THREADS 64"]
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET=1"):
+        sweep.main([])
+
+
+@on_gpu
+def test_sweep_on_a_gpu(bench_run: Run) -> None:
+    """In graphs too, with a workspace of each rival's own."""
+    bench_run.rivals = sweep.rivals(bench_run.device)
+    cases = ("dense", "row_mask")
+    bench_run.fill([Spec(case, NUMEL, graph=graph) for case in cases for graph in (True, False)])
+    assert all(row.problem is row.left_out is None for row in bench_run.report.rows)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="waits for a machine with bash")

@@ -61,6 +61,8 @@ def test_every_kind_of_launch(kernels: list[Kernel]) -> None:
     assert roles == {"forward", "backward", "refresh", "rescale"}
     kinds = {kind for kernel in kernels for kind in kernel["access"].split()}
     assert kinds >= {"scalar", "flat", "row", "vector", "strided"}
+    for position in (2, 3):  # the inside and the outside weights
+        assert any(k["access"].split()[position].endswith("-mask") for k in kernels)
 
 
 def test_no_spill(kernels: list[Kernel]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.demos.torchvision import TOLERANCE, box_head_losses, compare, gap, host_waits, rpn_losses
+from bench.demos.detector import TOLERANCE, box_head_losses, compare, gap, host_waits, rpn_losses
 from tests.support import coin, gaussian
 
 ANCHORS, REGIONS, CLASSES = 300, 64, 5

@@ -1,16 +1,16 @@
 """A call for every kind of launch: every float dtype, access, kind of weight and role of a launch.
 
-It is the one catalogue of them: `python -m bench codegen` compiles it, and the tests run it, under
-compute-sanitizer and in CUDA graphs too. What makes the launcher pick something new belongs here.
-Kinds that do not touch each other share a call, so that all are compiled in under a minute. Most
-are in float32; what another type changes is repeated in it.
+`python -m bench codegen` compiles them, and the tests run them, under compute-sanitizer and in CUDA
+graphs too. What makes the launcher pick something new belongs here. Kinds that do not touch each
+other share a call, which saves compilation. Most are in float32; what another type changes is
+repeated in it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-# Only who makes a call needs PyTorch, not who lists them.
+# Listing the calls needs no PyTorch, making one does.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -65,11 +65,12 @@ def calls(rows: int) -> list[Call]:
     flat = 4 * rows - 1  # divisible by nothing that a wide access needs
     channels_last = Operand((2, 32, 34, 4), view=lambda maps: maps.permute(0, 3, 1, 2))
     planes, pixels = of(2, 4, 32, 34), of(2, 1, 32, 34)  # of sizes that a wide access divides
+    pixel_mask = pixels._replace(dtype="bool")
     columns = Operand((rows, 8), view=lambda wide: wide[:, :4])
     every_other = Operand((rows, 8), view=lambda wide: wide[:, ::2])
     transposed = Operand((4, rows), view=lambda turned: turned.t())
     unaligned = Operand((1000,), view=lambda longer: longer[1:])
-    halves, brains = of(flat, dtype="float16"), of(flat, dtype="bfloat16")
+    half, brain = of(flat, dtype="float16"), of(flat, dtype="bfloat16")
 
     def row_mask(dtype: str, normalizer: str) -> Call:
         boxes, mask = of(rows, 4, dtype=dtype), of(rows, 1, dtype="bool")
@@ -81,18 +82,23 @@ def calls(rows: int) -> list[Call]:
         Call("dense, elementwise", 4 * (of(flat),), reduction="none"),
         row_mask("float32", "int64"),
         Call("element mask", (of(rows, 4), of(rows, 4), of(rows, 4, dtype="uint8"))),
+        Call(
+            "outside mask, gradient of channel weights",
+            (of(rows, 4), of(rows, 4), of(1, 4), of(rows, 4, dtype="bool")),
+            wanted=3,
+        ),
         Call("rows of 5", (of(rows, 5), of(rows, 5), of(5), of(rows, 1)), reduction="batchmean"),
         Call(
             "channels_last, channel and pixel weights",
             (channels_last, channels_last, of(1, 4, 1, 1), pixels),
         ),
-        Call("planes, channels_last target, pixel weights", (planes, channels_last, pixels)),
+        Call("planes, channels_last target, pixel mask", (planes, channels_last, pixel_mask)),
         Call("unaligned, one program", (unaligned, unaligned)),
         Call("slice of columns, no gradient", (columns, columns), wanted=0),
         Call("every other column, transposed target", (every_other, transposed)),
-        Call("dense, both gradients", (of(flat), brains), wanted=2),
-        Call("dense", 4 * (brains,)),
-        Call("dense", 4 * (halves,)),
+        Call("dense, both gradients", (of(flat), brain), wanted=2),
+        Call("dense", 4 * (brain,)),
+        Call("dense", 4 * (half,)),
         Call("dense, all gradients", 4 * (of(flat, dtype="float64"),), wanted=4),
         row_mask("bfloat16", "float32"),
     ]

@@ -6,8 +6,9 @@ instead.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 # Triton's backend, architecture, and threads in a warp.
@@ -24,11 +25,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 
 
-class Launch(NamedTuple):
-    """One launch that was compiled instead."""
-
-    arguments: dict[str, Any]
-    compiled: Any
+Launch = tuple[dict[str, Any], Any]  # its arguments, and what was compiled instead
 
 
 class UnknownTargetError(Exception):
@@ -90,17 +87,17 @@ def _check_that_target_is_known() -> None:
         raise UnknownTargetError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
+@dataclass
 class _Recorder:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(self, kernel: Any, recorded: list[Launch]) -> None:
-        self.kernel = kernel
-        self.recorded = recorded
+    kernel: Any
+    recorded: list[Launch]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile(*arguments: Any, **options: Any) -> None:
             compiled = self.kernel.warmup(*arguments, grid=grid, **options)
             names = self.kernel.arg_names
-            self.recorded.append(Launch(dict(zip(names, arguments, strict=True)), compiled))
+            self.recorded.append((dict(zip(names, arguments, strict=True)), compiled))
 
         return compile

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from bench.codegen import assembly
-from bench.codegen.calls import LONG_CALL, Call, calls
-from bench.codegen.crosscompile import TARGETS, Launch, UnknownTargetError, launches
+from bench.codegen.calls import LONG_CALL, calls
+from bench.codegen.crosscompile import TARGETS, UnknownTargetError, launches
 
-# Only the workers load PyTorch and Triton: who shows the table waits for them and not for itself.
+# Only the workers load PyTorch and Triton: the parent process, which waits for them, needs neither.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,12 +29,11 @@ WIDEST_BITS = 128
 OPERANDS = ("input", "target", "inside", "outside", "upstream")
 GRADIENTS = ("grad_input", "grad_target", "grad_inside", "grad_outside")
 HEADINGS = ("loads", "full", "stores", "full", "vectorized", "atomics", "ticket")
-EXPLANATION = (
-    "Registers a thread; shared memory in bytes a program. Loads and stores: how many of how many\n"
-    "bits a thread makes to global memory in one iteration of the loop over whole tiles. Full:\n"
-    "those of dense operands, each as wide as the layout allows. Ticket: the steps around the\n"
-    "atomic operation that ends a reduction, in their order."
-)
+EXPLANATION = """\
+Registers a thread; shared memory in bytes a program. Loads and stores: how many of how many bits a
+thread makes to global memory in one iteration of the loop over whole tiles. Full: those of dense
+operands, each as wide as the layout allows. Ticket: the steps around the atomic operation that ends
+a reduction, in their order."""
 
 
 @dataclass
@@ -121,27 +120,31 @@ def _compile(target: str, number: int) -> list[Compiled]:
             torch.autograd.grad(loss, wanted, torch.empty_like(loss))
 
     try:
-        return [_compiled(target, call, launch) for launch in launches(differentiate, target)]
+        launched = launches(differentiate, target)
     except UnknownTargetError as error:
         return [Compiled(Kernel(target, unknown=str(error)))]
+    compiled = []
+    for arguments, result in launched:
+        threads = result.metadata.num_warps * TARGETS[target][2]
+        full_loads, full_stores, other_loads = _full_width(arguments, threads)
+        kernel = Kernel(
+            target,
+            call.dtype,
+            f"{call.name}: {_role(arguments)}",
+            shared=result.metadata.shared,
+            threads=threads,
+            access=" ".join(_access(arguments, name.upper()) for name in OPERANDS),
+            full_loads=_widest_first(full_loads),
+            full_stores=_widest_first(full_stores),
+        )
+        binary = result.asm["amdgcn" if "amdgcn" in result.asm else "cubin"]
+        compiled.append(Compiled(kernel, result.hash, binary, other_loads))
+    return compiled
 
 
-def _compiled(target: str, call: Call, launch: Launch) -> Compiled:
-    arguments, result = launch
-    threads = result.metadata.num_warps * TARGETS[target][2]
-    full_loads, full_stores, other_loads = _full_width(arguments, threads)
-    kernel = Kernel(
-        target,
-        call.dtype,
-        f"{call.name}: {_role(arguments)}",
-        shared=result.metadata.shared,
-        threads=threads,
-        access=" ".join(arguments.get(name.upper()) or "-" for name in OPERANDS),
-        full_loads=_widest_first(full_loads),
-        full_stores=_widest_first(full_stores),
-    )
-    binary = result.asm["amdgcn" if "amdgcn" in result.asm else "cubin"]
-    return Compiled(kernel, result.hash, binary, other_loads)
+def _access(arguments: dict[str, Any], operand: str) -> str:
+    is_mask = arguments.get(f"{operand}_IS_MASK", False)
+    return (arguments.get(operand) or "-") + ("-mask" if is_mask else "")
 
 
 def _role(arguments: dict[str, Any]) -> str:

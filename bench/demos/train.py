@@ -7,9 +7,9 @@ measured on canvases whose digits were not used in training.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench import rpn
+from bench.measure import measure, peak_extra_bytes
 from bench.plot import STYLES
 from bench.report import RESULTS, console, describe, write_json
 from bench.rivals import FUSED, Formula, classic
 from fused_smoothl1 import smooth_l1_loss
 
 FORMULAS: dict[str, Formula] = {"eager_classic": classic, FUSED: smooth_l1_loss}
+OPTIONS: dict[str, Any] = {"sigma": 3.0, "reduction": "batchmean"}  # of py-faster-rcnn's RPN
 LAYOUT = rpn.Layout(
     canvas=(160, 240),
     stride=8,
@@ -54,11 +56,10 @@ CANDIDATES = 200  # best scores per canvas that are looked at
 VIEWS = 4  # canvases in the picture
 FOUND_IOU = 0.5
 ALLOWED_GAP = 0.05  # of recall, between the two trainings
+LOSS_SECONDS = 1.0  # for timing the loss alone
 POINTS = 250  # of the curves, in the file and in the picture
 DRAWN_SCORE = 0.5  # proposals below it are not drawn
 PROPOSED, TRUE = "#21c45d", "#ff9f1c"
-
-
 Batch = tuple[Tensor, ...]  # canvases (B, 1, H, W), the RPN's targets and weights (B, 4A, h, w)
 
 
@@ -109,33 +110,43 @@ def main(arguments: Sequence[str]) -> int:
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
         untrained = _recall(_network(device), scenes, test)
         for name in FORMULAS:
-            network, began = _network(device), time.perf_counter()
+            network = _network(device)
             curves.append(_train(network, name, train, steps))
-            seconds = time.perf_counter() - began
             recall = _recall(network, scenes, test)
-            found = {"formula": name, "recall": recall, "seconds": seconds}
-            trainings.append({**found, "last_loss": curves[-1][-1]})
+            trainings.append({"formula": name, "recall": recall, "last_loss": curves[-1][-1]})
         views = [_propose(network, canvas[None]) for canvas in test[0][:VIEWS]]
 
-    losses = np.asarray(curves)
+    # The loss alone, forward and backward, on what a network has learned.
+    batch = tuple(tensor[:BATCH] for tensor in test)
+    deltas = network(batch[0])[1].detach().requires_grad_()
+    alone = {name: partial(_box_gradient, name, deltas, batch) for name in FORMULAS}
+    timings = measure({name: [step] for name, step in alone.items()}, device, LOSS_SECONDS)
+    for training in trainings:
+        training["loss_ms"] = timings[training["formula"]].median_ms
+        training["loss_peak_bytes"] = peak_extra_bytes(alone[training["formula"]], device)
+    machine, losses = describe(device), np.asarray(curves)
     distance = np.abs(losses[0] - losses[1])
     # As many points of the curves as a picture shows.
     chosen = range(0, steps, max(steps // POINTS, 1))
     plain = {
-        **asdict(describe(device)),
+        **asdict(machine),
         "digits": sum(len(scene.boxes) for scene in scenes),
         "untrained_recall": untrained,
         "largest_difference": distance.max(),
         "trainings": trainings,
-        "step_losses_distance": [[at + 1, *losses[:, at], distance[at]] for at in chosen],
+        "curves": [
+            {"step": at + 1, **dict(zip(FORMULAS, losses[:, at], strict=True)), "gap": distance[at]}
+            for at in chosen
+        ],
     }
     path = options.out / f"train{'-quick' if options.quick else ''}.json"
     write_json(path, plain)
     _draw(plain, scenes, views, path.with_suffix(".png"))
+    print(machine)
     for training in trainings:
         print(
             f"{training['formula']:15} recall {training['recall']:.3f}, last box loss"
-            f" {training['last_loss']:.4g}, {training['seconds']:.1f} s of training"
+            f" {training['last_loss']:.4g}; the loss alone {training['loss_ms']:.3f} ms"
         )
     print(
         f"Recall: the share of {plain['digits']} held-out digits that one of the best {PROPOSALS}"
@@ -182,10 +193,7 @@ def _train(network: Rpn, name: str, train: Batch, steps: int) -> list[float]:
         index = torch.randint(len(train[0]), (BATCH,), generator=order).to(train[0].device)
         canvases, targets, inside, outside = (tensor[index] for tensor in train)
         scores, deltas = network(canvases)
-        # Sigma and reduction are those of py-faster-rcnn's RPN.
-        box_loss = FORMULAS[name](
-            deltas, targets, inside, outside, sigma=3.0, reduction="batchmean"
-        )
+        box_loss = FORMULAS[name](deltas, targets, inside, outside, **OPTIONS)
         # The inside weights say which anchors are positive, the outside weights which are sampled.
         positive, sampled = inside[:, ::COORDINATES], outside[:, ::COORDINATES]
         entropy = functional.binary_cross_entropy_with_logits(
@@ -197,6 +205,10 @@ def _train(network: Rpn, name: str, train: Batch, steps: int) -> list[float]:
         schedule.step()
         losses.append(box_loss.item())  # reading it waits for a GPU
     return losses
+
+
+def _box_gradient(name: str, deltas: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(FORMULAS[name](deltas, *batch[1:], **OPTIONS), deltas)
 
 
 @torch.no_grad()
@@ -230,17 +242,12 @@ def _recall(network: Rpn, scenes: list[rpn.Scene], batch: Batch) -> float:
     return float(np.concatenate(found).mean())
 
 
-def _draw(
-    plain: dict[str, Any],
-    scenes: list[rpn.Scene],
-    views: list[tuple[rpn.Floats, rpn.Floats]],
-    path: Path,
-) -> None:
+def _draw(plain: dict[str, Any], scenes: list[rpn.Scene], views: list[Any], path: Path) -> None:
     """Draw the curves and their distance on the left, canvases with proposals on the right."""
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=(1, 1.35))
     above, below = panels[0].subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    steps, *curves, distance = np.asarray(plain["step_losses_distance"]).T
+    steps, *curves, distance = np.asarray([list(point.values()) for point in plain["curves"]]).T
     # The second curve lies on the first one, so it is drawn thinner and dashed.
     for training, curve, look in zip(plain["trainings"], curves, ("-", "--"), strict=True):
         name = training["formula"]

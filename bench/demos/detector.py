@@ -139,9 +139,9 @@ def main(arguments: Sequence[str]) -> int:
     difference = gap(by_index, masked)
     print(f"Largest relative difference of a loss: {difference:.2g}.")
     rows = [{"name": name, **outcome._asdict()} for name, outcome in outcomes.items()]
-    versions = {**asdict(machine), "torchvision": torchvision.__version__}
+    found = {"torchvision": torchvision.__version__, "largest_difference": difference, "rows": rows}
     path = options.out / f"torchvision-{file_stem(device)}.json"
-    write_json(path, {**versions, "largest_difference": difference, "rows": rows})
+    write_json(path, asdict(machine) | found)
     print(f"Wrote {path}.")
     return int(difference > TOLERANCE or masked.host_waits >= by_index.host_waits)
 
@@ -156,7 +156,13 @@ def compare(device: torch.device, seconds: float) -> dict[str, Outcome]:
     build = detection.fasterrcnn_resnet50_fpn if device.type == "cuda" else small
     detector: nn.Module = build(weights=None, weights_backbone=None, num_classes=CLASSES)
     detector.to(device).train()
-    images, targets = _images(device)
+    rng = np.random.default_rng(SEED)
+    scenes = [rpn.paste_digits(rng) for _ in range(IMAGES)]
+    canvases = [torch.from_numpy(scene.canvas).to(device).float() / 16 for scene in scenes]
+    images = [canvas.expand(3, -1, -1).contiguous() for canvas in canvases]
+    boxes = [torch.from_numpy(scene.boxes).float().to(device) for scene in scenes]
+    ones = torch.ones(rpn.PUBLISHED.digits, dtype=torch.int64, device=device)
+    targets = [{"boxes": of_scene, "labels": ones} for of_scene in boxes]
 
     def by_index_step() -> dict[str, float]:
         """Do forward and backward with the same sampled anchors each time; return the losses."""
@@ -184,21 +190,6 @@ def compare(device: torch.device, seconds: float) -> dict[str, Outcome]:
 def gap(one: Outcome, other: Outcome) -> float:
     """Return the largest relative difference of a loss."""
     return max(abs(value - other.losses[name]) / abs(value) for name, value in one.losses.items())
-
-
-def _images(device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return canvases (3, H, W) in 0 to 1, and their digits' boxes (n, 4) and labels (n,)."""
-    rng = np.random.default_rng(SEED)
-    scenes = [rpn.paste_digits(rng) for _ in range(IMAGES)]
-    images = [torch.from_numpy(scene.canvas).float() / 16 for scene in scenes]
-    targets = [
-        {
-            "boxes": torch.from_numpy(scene.boxes).float().to(device),
-            "labels": torch.ones(len(scene.boxes), dtype=torch.int64, device=device),
-        }
-        for scene in scenes
-    ]
-    return [image.expand(3, -1, -1).contiguous().to(device) for image in images], targets
 
 
 def host_waits(step: Callable[[], object], device: torch.device) -> int:
