@@ -5,11 +5,14 @@
 The calls are those whose machine code `python -m bench codegen` shows.
 """
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench.codegen.calls import calls
+from tests import conftest
 from tests.support import check, gaussian, maker
 
 # Memory that was never written must look so to the tool.
@@ -27,3 +30,16 @@ def test_every_kind_of_call(name: str, rows: int, triton_backend: str, device: s
         upstreams.append(gaussian(*operands[0].shape, seed=99, device=device))
     for upstream in upstreams:
         check(*operands, upstream=upstream, **options)
+
+
+def test_each_tensor_is_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PyTorch's large blocks the tool would see no access beyond a tensor's end."""
+    name = "PYTORCH_NO_CUDA_MEMORY_CACHING"
+    for chosen in ("", "sanitize"):
+        monkeypatch.setenv(name, "unset")
+        monkeypatch.delenv(name)
+        options = SimpleNamespace(
+            getoption={"markexpr": chosen}.get, addinivalue_line=lambda *line: None
+        )
+        conftest.pytest_configure(options)  # type: ignore[arg-type]
+        assert (os.environ.get(name) == "1") == (chosen == "sanitize")
