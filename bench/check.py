@@ -1,7 +1,7 @@
 """Is a rival right? Its loss and gradient against the composition in float64, on the device.
 
 The composition is PyTorch's own loss with the weights around it, so it shares no code with the
-library; `tests/test_bench.py` holds it against the tests' oracle.
+library; `tests/test_rivals.py` holds it against the tests' oracle.
 """
 
 from typing import NamedTuple

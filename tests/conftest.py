@@ -104,6 +104,20 @@ def unpoisoned() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch.compile return what it is given."""
+    # Imported here because few tests need the benchmark.
+    from bench import rivals
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for kept in (rivals._compiled, rivals._grad_and_value):
+        kept.cache_clear()
+    yield
+    for kept in (rivals._compiled, rivals._grad_and_value):
+        kept.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
