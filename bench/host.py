@@ -60,5 +60,5 @@ class _Idle:
         # (Were somebody else to hold it too, autograd would copy the gradient.)
         return self._loss.detach(), (self._gradient.detach(), None, None, None)
 
-    def rescale(self, gradients: Gradients, upstream: Tensor) -> Gradients:
+    def rescale(self, gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients:
         return gradients

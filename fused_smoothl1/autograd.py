@@ -69,8 +69,10 @@ class SmoothL1(torch.autograd.Function):
         gradients: Gradients | None = ctx.gradients.pop() if ctx.gradients else None
         backend: Backend = ctx.backend
         *_, has_masks = ctx.options
-        if is_plain and gradients is not None and not has_masks:
-            return *backend.rescale(gradients, upstream), None, None
+        if is_plain and gradients is not None:
+            rescaled = backend.rescale(gradients, upstream, has_masks)
+            if rescaled is not None:
+                return *rescaled, None, None
 
         # Raises if an operand was modified in place since, or if the graph was freed.
         input, target, *saved = ctx.saved_tensors

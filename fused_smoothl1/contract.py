@@ -125,11 +125,13 @@ class Backend(Protocol):
         """Return the needed gradients for an upstream gradient of the loss's shape."""
         ...
 
-    def rescale(self, gradients: Gradients, upstream: Tensor) -> Gradients:
+    def rescale(
+        self, gradients: Gradients, upstream: Tensor, has_masks: bool = False
+    ) -> Gradients | None:
         """Multiply what `forward` returned by an upstream gradient, overwriting it.
 
-        Not where there are masks: the product would make NaN of what they exclude if the upstream
-        gradient is not finite.
+        Or return None where the product may make NaN of what masks exclude: where the upstream
+        gradient is not known to be finite.
         """
         ...
 

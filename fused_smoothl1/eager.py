@@ -1,282 +1,292 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
-`forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`. They go
-through the operands block by block, in place, so that a small scratch is all they need beside the
-results.
+`forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`. Each is a
+few of PyTorch's own operations over whole tensors: it is their number that costs, in a small call
+and wherever other processes want the cores too.
 """
 
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
-from math import prod
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_smoothl1.contract import (
-    Gradients,
-    Needs,
-    Problem,
-    full_size_gradients,
-    is_mask,
-    sum_to_weights,
-    transition,
-)
-from fused_smoothl1.layout import broadcast_strides, collapse
+from fused_smoothl1.composition import composition, differentiable_backward
+from fused_smoothl1.contract import Gradients, Needs, Problem, is_mask, sum_to_weights
 
-# Elements in a block: its scratch and its part of each operand stay in the caches, and the host
-# time of its dozen operations does not show (measured: bench/RESULTS.md).
-BLOCK = 1 << 18
-# Bytes of the widest element that PyTorch knows.
-WIDEST = 16
+# PyTorch's own loss and its gradient, and how they number the reductions.
+smooth_l1: Any = torch._C._nn.smooth_l1_loss
+smooth_l1_gradient: Any = torch.ops.aten.smooth_l1_loss_backward.grad_input
+NONE, MEAN, SUM = 0, 1, 2
+# For other betas these are not exact: they square before they divide, and multiply by the upstream
+# gradient before that, which underflows or overflows.
+LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
+# The gradient for a beta of 0 is that for the least number above it: only 0 itself is less.
+BETA_OF_L1 = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+NO_GRADIENTS: Gradients = (None, None, None, None)
+
+# In elements, and all measured (bench/RESULTS.md): where a gradient that is made with the loss
+# begins to save more than it costs, how much of the losses to hold at once, and what it takes for
+# rows to be many, and the selected ones to be few.
+LARGE = 1 << 18
+PART = 1 << 22
+MANY, FEW = 1 << 15, 1 / 8
+
+Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
+# Input and target or, where anything else is asked for than their difference, the weighted one (in
+# the compute dtype, 0 where not selected) and a 0 without dimensions; the inside and the outside
+# weights, or None for 1; and the masks.
+Terms = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Masks]
+
+
+def own_loss(problem: Problem) -> Tensor | None:
+    """Return PyTorch's own loss in the graph of its operands, if that is all there is to do.
+
+    It is not with weights, for other dtypes and divisors, where its gradient would have another
+    memory format, or for so many elements that the gradient is better made with the loss.
+    """
+    input, target, inside, outside, divisor, beta, reduce, dtype, *_ = problem
+    if isinstance(inside, Tensor) or isinstance(outside, Tensor) or isinstance(divisor, Tensor):
+        return None
+    numel = input.numel()
+    if not (
+        inside == outside == 1
+        and divisor in (1, numel)
+        and input.dtype == target.dtype == dtype
+        and input.is_contiguous()
+        and (
+            1 not in input.shape
+            or input.stride()
+            == torch.empty_like(input, memory_format=torch.contiguous_format).stride()
+        )
+        and beta != 0
+        and _is_exact(beta)
+        and 0 < numel < (LARGE if reduce else math.inf)
+    ):
+        return None
+    reduction = (SUM if divisor == 1 else MEAN) if reduce else NONE
+    loss: Tensor = smooth_l1(input, target, reduction, beta)
+    return loss
 
 
 def forward(
     problem: Problem, needs: Needs, *, is_recorded: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1."""
-    factor = _factor(problem)
-    gradients = full_size_gradients(problem, needs)
+    if not _is_exact(problem.beta):
+        loss = composition(problem)
+        return loss, differentiable_backward(problem, torch.ones_like(loss), needs)
+    rows = _few_rows(problem)
+    if rows is not None:
+        return _forward_of_rows(problem, needs, rows)
+    terms = _terms(problem)
+    left, right, _, outside, masks = terms
     if not problem.reduce:
-        loss = torch.empty_like(problem.input, dtype=problem.loss_dtype)
-        _evaluate(problem, factor, gradients, loss, want_sum=False)
-        return loss, gradients
-    if not problem.input.numel():
-        # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
-        return problem.input.new_zeros((), dtype=problem.loss_dtype), gradients
-    sums = _evaluate(problem, factor, gradients, None, want_sum=True)
-    total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    return total if _is_one(factor) else total.mul_(factor), gradients
+        losses = _losses(problem, left, right, outside, masks)
+        return _converted(losses, problem.loss_dtype), NO_GRADIENTS
+    parts = _parts(problem, left, right, outside, *masks)
+    sums = [_losses(problem, a, b, factor, rest).sum() for a, b, factor, *rest in parts]
+    total, scale = sums[0] if len(sums) == 1 else torch.stack(sums).sum(), _scale(problem)
+    # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
+    if scale is not None and problem.input.numel():
+        total.mul_(scale)
+    return total, _gradients(problem, terms, scale, needs) if any(needs) else NO_GRADIENTS
 
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    gradients = full_size_gradients(problem, needs)
-    _differentiate(problem, upstream, gradients)
-    return sum_to_weights(problem, gradients)
+    if not _is_exact(problem.beta):
+        return differentiable_backward(problem, upstream, needs)
+    terms, scale = _terms(problem), _scale(problem)
+    upstream = _converted(upstream, problem.compute_dtype)
+    if scale is not None:
+        upstream = upstream * scale
+    left, right, *_, masks = terms
+    grad_outside = _losses(problem, left, right, upstream, masks) if needs[3] else None
+    gradients = _gradients(problem, terms, upstream, needs)
+    return sum_to_weights(problem, (*gradients[:3], grad_outside))
 
 
-def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
+def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
     """Multiply what `forward` returned by the upstream gradient, in place."""
-    if not _is_known_to_be_one(upstream):
+    if has_masks and not _is_known_to_be_finite(upstream):
+        return None
+    if not (upstream.is_cpu and upstream.item() == 1):
         for gradient in gradients:
-            if gradient is None:
-                continue
-            if gradient.is_cpu or gradient.dtype == upstream.dtype:
-                gradient.mul_(upstream)
-            else:  # Where a GPU would round the upstream gradient to 16 bits first.
-                dense = gradient.as_strided((gradient.numel(),), (1,))
-                for part in dense.split(BLOCK):
-                    part.copy_(part.to(upstream.dtype).mul_(upstream))
+            if gradient is not None:
+                # Expanded, because a GPU would round a number to the gradient's 16 bits first.
+                gradient.mul_(upstream.expand_as(gradient))
     return gradients
 
 
 def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
-    """Compute the gradients anew, in place, unless the upstream gradient is known to be 1."""
-    if not _is_known_to_be_one(upstream):
-        _differentiate(problem, upstream, gradients)
-    return gradients
+    """Return what `backward` does."""
+    return backward(problem, upstream, needs)
 
 
-def _differentiate(problem: Problem, upstream: Tensor, gradients: Gradients) -> None:
-    """Write the gradients for this upstream gradient, all of full size."""
-    factor, share = upstream.to(problem.compute_dtype), _factor(problem)
-    if not _is_one(share):
-        factor = factor * share
-    _evaluate(problem, factor, gradients, None, want_sum=False)
+def _is_exact(beta: Tensor | float) -> bool:
+    """Whether PyTorch's own loss keeps the contract for this beta."""
+    return not isinstance(beta, Tensor) and (beta == 0 or LEAST_BETA <= beta <= MOST_BETA)
 
 
-def _factor(problem: Problem) -> Tensor | float:
-    """Return what an element's gradient is multiplied by, for an upstream gradient of 1."""
-    divisor, dtype = problem.divisor, problem.compute_dtype
+def _few_rows(problem: Problem) -> Tensor | None:
+    """Return which rows a row mask selects, if on a CPU it selects few of many."""
+    input = problem.input
+    if not (problem.has_masks and problem.reduce and input.is_cpu and input.numel() >= MANY):
+        return None
+    mask = problem.inside if is_mask(problem.inside) else problem.outside
+    shape = (len(input), *[1] * (input.dim() - 1))
+    if not isinstance(mask, Tensor) or mask.shape != shape:
+        return None
+    if int(mask.count_nonzero()) > FEW * len(input):
+        return None
+    return mask.flatten().nonzero().flatten()
+
+
+def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tensor, Gradients]:
+    """Return what `forward` does, computed from these rows alone: the others take no part."""
+
+    def gathered(operand: Tensor | float) -> Any:
+        if not isinstance(operand, Tensor):
+            return operand
+        return operand.expand_as(problem.input).index_select(0, rows)
+
+    def spread(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        return torch.zeros_like(problem.input, dtype=gradient.dtype).index_copy_(0, rows, gradient)
+
+    part = Problem._make((*map(gathered, problem[:4]), *problem[4:]))
+    loss, (grad_input, grad_target, *_) = forward(part, needs)
+    return loss, (spread(grad_input), spread(grad_target), None, None)
+
+
+def _terms(problem: Problem) -> Terms:
+    factors: list[Tensor | None] = []
+    masks: Masks = []
+    for weights in (problem.inside, problem.outside):
+        if is_mask(weights):
+            masks.append(weights if weights.dtype == torch.bool else weights != 0)
+            factors.append(None)
+        elif isinstance(weights, Tensor):
+            factors.append(weights)
+        else:
+            factors.append(None if weights == 1 else _number(problem, weights))
+    inside, outside = factors
+    left, right, dtype = problem.input, problem.target, problem.compute_dtype
+    is_bare = inside is outside is None and not masks
+    if not (is_bare and left.dtype == right.dtype == dtype):
+        left, right = _difference(problem), _number(problem, 0.0)
+        if inside is not None:
+            left.mul_(inside)
+        _exclude(left, masks)
+    return left, right, inside, outside, masks
+
+
+def _difference(problem: Problem) -> Tensor:
+    difference = torch.empty_like(problem.input, dtype=problem.compute_dtype)
+    if difference.dtype == problem.input.dtype:
+        return torch.sub(problem.input, problem.target, out=difference)
+    # Converted before the subtraction, which would round to the operands' dtype otherwise.
+    return difference.copy_(problem.input).sub_(problem.target)
+
+
+def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Split the tensors into rows of at most `PART` elements, as far as they have any."""
+    numel = problem.input.numel()
+    if numel <= PART:
+        yield tensors
+        return
+    rows = problem.input.shape[:1]
+    step = max(PART * rows[0] // numel, 1)
+    for start in range(0, rows[0], step):
+        yield tuple(
+            t
+            if t is None or t.dim() < problem.input.dim() or t.shape[:1] != rows
+            else t[start : start + step]
+            for t in tensors
+        )
+
+
+def _losses(
+    problem: Problem, left: Tensor, right: Tensor, factor: Tensor | None, masks: Masks
+) -> Tensor:
+    """Return the loss of each element, times the factor."""
+    losses = torch.empty_like(left)
+    smooth_l1(left, right, NONE, problem.beta, out=losses)
+    if factor is not None:
+        losses.mul_(factor)
+        _exclude(losses, masks)
+    return losses
+
+
+def _scale(problem: Problem) -> Tensor | None:
+    """Return what the sum is multiplied by, unless it is 1."""
+    divisor = problem.divisor
     if isinstance(divisor, Tensor):
-        return divisor.to(dtype).reciprocal()
-    return 1.0 if divisor == 1 else _constant(1.0 / divisor, dtype)
+        return _converted(divisor, problem.compute_dtype).reciprocal()
+    return None if divisor == 1 else _number(problem, 1.0 / divisor)
+
+
+def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: Needs) -> Gradients:
+    """Return the needed gradients but that of outside weights, one in place of the difference."""
+    left, right, inside, outside, masks = terms
+    beta: Any = problem.beta or BETA_OF_L1[problem.compute_dtype]
+    grad_input = grad_target = grad_inside = None
+    if right is problem.target:
+        gradient = torch.empty_like(left)
+        factor = _number(problem, 1.0) if upstream is None else upstream
+        smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
+    else:
+        gradient = left.clamp_(-beta, beta)
+        if beta != 1:
+            gradient.div_(_number(problem, beta))
+        for weights in (upstream, outside):
+            if weights is not None:
+                gradient.mul_(weights)
+    if needs[2]:
+        grad_inside = _difference(problem).mul_(gradient)
+        _exclude(grad_inside, masks)
+    if inside is not None:
+        gradient.mul_(inside)
+    if masks and not all(map(_is_known_to_be_finite, (upstream, outside, inside))):
+        _exclude(gradient, masks)
+    if needs[0]:
+        grad_input = _converted(gradient, problem.input.dtype)
+    if needs[1]:
+        negative = -gradient if needs[0] else gradient.neg_()
+        grad_target = _converted(negative, problem.target.dtype)
+    return grad_input, grad_target, grad_inside, None
+
+
+def _exclude(values: Tensor, masks: Masks) -> None:
+    """Set what is not selected to 0, whatever it is.
+
+    As integers, because 0 times NaN is NaN, and a choice of values takes many times as long.
+    """
+    for mask in masks:
+        values.view(INTEGERS[values.dtype]).mul_(mask)
+
+
+def _is_known_to_be_finite(factor: Tensor | None) -> bool:
+    """Whether a product with it leaves 0 at 0, as far as one can tell without waiting."""
+    return factor is None or (factor.is_cpu and not factor.dim() and math.isfinite(factor.item()))
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _number(problem: Problem, value: float) -> Tensor:
+    """Return a number as a tensor of the compute dtype, which costs a product less."""
+    if problem.input.is_cpu:
+        return _kept_number(value, problem.compute_dtype)
+    return problem.input.new_full((), value, dtype=problem.compute_dtype)
 
 
 @lru_cache(maxsize=256)
-def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a number as a tensor: products with one cost a fraction of the host time."""
-    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
-
-
-def _is_known_to_be_one(upstream: Tensor) -> bool:
-    """Whether the upstream gradient is 1, as far as one can tell without waiting for a device."""
-    return upstream.is_cpu and upstream.item() == 1
-
-
-def _is_known_to_be_finite(weights: Tensor | float) -> bool:
-    """Whether a product with finite numbers leaves 0 at 0, as far as one can tell likewise."""
-    if isinstance(weights, Tensor) and (weights.dim() > 0 or not weights.is_cpu):
-        return False
-    return math.isfinite(weights)
-
-
-def _is_one(value: Tensor | float) -> bool:
-    return not isinstance(value, Tensor) and value == 1
-
-
-def _evaluate(
-    problem: Problem,
-    factor: Tensor | float,
-    gradients: Gradients,
-    loss: Tensor | None,
-    want_sum: bool,
-) -> list[Any]:
-    """Write the elementwise loss, and the gradients for a gradient `factor` of each element's loss.
-
-    Returns the sum of the loss over each block, or None for each if it is not wanted.
-    """
-    given, results = (*problem[:4], factor), (loss, *gradients)
-    is_small = problem.input.numel() <= BLOCK
-    blocks = ((*given, *results),) if is_small else _blocks(given, results)
-    return [_evaluate_block(problem, want_sum, *block) for block in blocks]
-
-
-def _evaluate_block(
-    problem: Problem,
-    want_sum: bool,
-    input: Tensor,
-    target: Tensor,
-    inside: Tensor | float,
-    outside: Tensor | float,
-    factor: Tensor | float,
-    elementwise_loss: Tensor | None,
-    grad_input: Tensor | None,
-    grad_target: Tensor | None,
-    grad_inside: Tensor | None,
-    grad_outside: Tensor | None,
-) -> Tensor | None:
-    """Evaluate one block. Its temporaries are few and small, and the next block reuses them."""
-    excluded: Tensor | None = None
-    if problem.has_masks:
-        if is_mask(inside):
-            excluded, inside = _unselected(inside), 1.0
-        if is_mask(outside):
-            outside_excluded, outside = _unselected(outside), 1.0
-            excluded = outside_excluded if excluded is None else excluded | outside_excluded
-
-    is_weighted = not _is_one(inside)
-    x = _difference(input, target, problem.compute_dtype)
-    if is_weighted:
-        x.mul_(inside)
-    if excluded is not None:
-        _exclude(x, excluded)
-        # The loss and the slope are 0 there now, and finite numbers leave them 0. What is left
-        # is the difference, which is a factor of the inside weights' gradient.
-        if grad_inside is None and all(map(_is_known_to_be_finite, (inside, outside, factor))):
-            excluded = None
-
-    # The formula: the slope is clamp(x / beta, -1, 1), the loss slope * (x - clamp(x) / 2).
-    slope = grad_input  # Which it becomes, in place.
-    if slope is not None and slope.dtype != x.dtype:
-        slope = None
-    beta: Any
-    beta, inverse_beta = transition(problem)
-    if _is_one(beta):
-        slope = torch.clamp(x, -1, 1, out=slope)
-    else:
-        slope = torch.mul(x, inverse_beta, out=slope).clamp_(-1, 1)
-        if isinstance(inverse_beta, Tensor) or inverse_beta == math.inf:
-            slope.masked_fill_(x == 0, 0)  # 0 times inf.
-    want_loss = want_sum or elementwise_loss is not None
-    if want_loss or grad_outside is not None:
-        x.sub_(slope if _is_one(beta) else x.clamp(-beta, beta), alpha=0.5)
-    if grad_outside is not None:
-        _write(grad_outside, torch.mul(slope, x).mul_(factor), excluded)
-    block_sum: Tensor | None = None
-    if want_loss:
-        loss = x.mul_(slope)
-        if not _is_one(outside):
-            loss.mul_(outside)
-        if excluded is not None:
-            _exclude(loss, excluded)
-        if elementwise_loss is not None:
-            elementwise_loss.copy_(loss)
-        if want_sum:
-            block_sum = loss.sum()
-
-    if grad_input is None and grad_target is None and grad_inside is None:
-        return block_sum
-    grad_x = slope if _is_one(outside) else slope.mul_(outside)
-    if not _is_one(factor):
-        grad_x.mul_(factor)
-    if grad_inside is not None:
-        difference = _difference(input, target, problem.compute_dtype)
-        _write(grad_inside, difference.mul_(grad_x), excluded)
-    gradient = grad_x.mul_(inside) if is_weighted else grad_x
-    if grad_target is not None:
-        _write(grad_target, -gradient, excluded)
-    if grad_input is not None and (grad_input is not gradient or excluded is not None):
-        _write(grad_input, gradient, excluded)
-    return block_sum
-
-
-def _difference(input: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    # Converted before the subtraction, which would round to the operands' dtype otherwise.
-    if input.dtype == dtype:
-        return input - target
-    return input.to(dtype).sub_(target)
-
-
-def _write(gradient: Tensor, values: Tensor, excluded: Tensor | None) -> None:
-    if gradient is not values:
-        gradient.copy_(values)
-    if excluded is not None:
-        _exclude(gradient, excluded)
-
-
-def _unselected(mask: Tensor) -> Tensor:
-    """Return what a mask does not select, once for all elements that share it."""
-    once = tuple(slice(1) if step == 0 else slice(None) for step in mask.stride())
-    return mask[once].logical_not()
-
-
-def _exclude(values: Tensor, excluded: Tensor) -> None:
-    """Set what is excluded to 0."""
-    if values.is_cpu and excluded.shape[-1:] == (1,) and values.stride(-1) == 1:
-        # A loop over the 4 coordinates of each box costs several times as much as the work in it.
-        per_element = WIDEST // values.element_size()
-        steps = (values.shape[-1], values.storage_offset(), *values.stride()[:-1])
-        if not any(step % per_element for step in steps):
-            values = values.view(torch.complex128)
-    values.masked_fill_(excluded, 0)
-
-
-def _blocks(
-    given: tuple[Tensor | float, ...], results: tuple[Tensor | None, ...]
-) -> Iterator[tuple[Any, ...]]:
-    """Split what belongs to all elements into views of blocks of at most `BLOCK` elements.
-
-    The first given is the input. Numbers belong to every block, and so does what has no dimensions:
-    it may be a constant on the CPU, which as a view with dimensions would meet no other device.
-    """
-
-    def varies(value: Tensor | float | None) -> TypeGuard[Tensor]:
-        return isinstance(value, Tensor) and value.dim() > 0
-
-    whole = (*given, *results)
-    tensors = [t for t in whole if varies(t)]
-    shape = tensors[0].shape
-    # The order of the results, if there are any, because they are written.
-    order = next((t for t in results if t is not None), tensors[0])
-    strides = [broadcast_strides(t.shape, t.stride(), shape) for t in tensors]
-    sizes, collapsed = collapse(tuple(shape), (order.stride(), *strides))
-    rest = iter(collapsed[1:])
-    views = [t.as_strided(sizes, next(rest), t.storage_offset()) if varies(t) else t for t in whole]
-    # The dimensions outside of `split` are walked one by one, and `split` itself in runs.
-    split, inner = 0, prod(sizes[1:])
-    while inner >= BLOCK:
-        split += 1
-        inner //= sizes[split]
-    run = BLOCK // inner
-    for outer in product(*(range(size) for size in sizes[:split])):
-        for start in range(0, sizes[split], run):
-            yield tuple(
-                view[outer].narrow(0, start, min(run, sizes[split] - start))
-                if varies(view)
-                else view
-                for view in views
-            )
+def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")

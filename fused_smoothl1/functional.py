@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fused_smoothl1 import ops
+from fused_smoothl1 import eager, ops
 from fused_smoothl1.autograd import apply
 from fused_smoothl1.contract import (
     FLOAT_DTYPES,
@@ -136,6 +136,10 @@ def smooth_l1_loss(
     if not plain:
         return ops.smooth_l1(problem)
     backend = backend_for(input)
+    if backend is eager:
+        own = eager.own_loss(problem)
+        if own is not None:
+            return own
     if torch.is_grad_enabled():
         return apply(input, target, inside, outside, problem, backend)
     return backend.forward(problem, NOTHING)[0]
@@ -205,6 +209,8 @@ def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    if not is_dynamo_compiling() and type(math.prod((*shape, *to))) is int and shape == to:
+        return True  # As often, and a tracer has put no symbol in the place of a size.
     # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
     if len(shape) > len(to):
         return False
@@ -245,6 +251,8 @@ def _checked_transition(
 
 
 def _number(name: str, value: Any, otherwise: str = "") -> float:
+    if type(value) is float:  # As nearly always: to ask whether something is Real takes long.
+        return value
     if isinstance(value, SYMBOLS):
         return cast(float, torch.sym_float(value))
     if isinstance(value, bool) or not isinstance(value, Real):

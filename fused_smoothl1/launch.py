@@ -84,8 +84,10 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     return sum_to_weights(problem, gradients)
 
 
-def rescale(gradients: Gradients, upstream: Tensor) -> Gradients:
+def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
     """Multiply what `forward` returned by the upstream gradient, in place and in one launch."""
+    if has_masks:
+        return None
     first, *others = [gradient for gradient in gradients if gradient is not None]
     numel = first.numel()
     # (PyTorch's product of 16 bits with float32 on a GPU would round the upstream gradient first.)

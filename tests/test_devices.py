@@ -217,12 +217,3 @@ def test_python_bool_is_a_mask_on_the_inputs_device(monkeypatch: pytest.MonkeyPa
     for mask in (problems[0].inside, problems[0].outside):
         assert isinstance(mask, torch.Tensor)
         assert mask.is_meta
-
-
-def test_constants_of_eager_blocks_keep_no_dimensions() -> None:
-    """They lie on the CPU, and meet tensors of another device as long as they have none."""
-    operands = [torch.empty(3, eager.BLOCK + 1, device="meta") for _ in range(2)]
-    factor = torch.tensor(0.5)
-    blocks = list(eager._blocks((*operands, 1.0, 1.0, factor), (operands[0], *[None] * 4)))
-    assert len(blocks) > 3
-    assert all(block[4] is factor for block in blocks)

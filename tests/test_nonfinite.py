@@ -2,8 +2,8 @@
 
 Every pair of special values as input and target meets every special weight, as inside and as
 outside weight, for L1, an ordinary beta and a beta whose ties the table holds. The expected
-column of TABLE is written by hand; the products are compared with the oracle and bit by bit
-between the backends.
+column of TABLE is written by hand; the products are compared with the oracle and between the
+backends.
 """
 
 import itertools
@@ -183,7 +183,7 @@ def _compare(
     """Compare with the oracle where float32 does not leave its range on the way.
 
     In float64 HUGE - (-HUGE) is a number; in float32 it is inf, and so is HUGE times 2.
-    The two agree on everything else, so those places alone are left to the table of bits above.
+    The two agree on everything else, so those places alone are left to the other backend.
     """
     beta = 0.0 if options.get("sigma") == math.inf else options.get("beta", 1 / 9)
     expected = oracle.smooth_l1(input, target, *weights, beta=beta, reduction="none")

@@ -181,7 +181,7 @@ def _evaluate(call: Call) -> dict[str, Tensor]:
 
 
 def _agree(call: Call) -> None:
-    """Compare the kernel with the oracle, and with eager: bits where nothing is summed."""
+    """Compare the kernel with the oracle, and with eager where nothing is summed."""
     with backend_set("eager"):
         eager = _evaluate(call)
     with backend_set("triton"):
@@ -190,7 +190,7 @@ def _agree(call: Call) -> None:
     for name, value in eager.items():
         assert (value.dtype, value.shape) == (kernel[name].dtype, kernel[name].shape), name
         assert value.stride() == kernel[name].stride(), name
-        # `check` has held sums to the oracle; another order of summation gives other bits.
+        # `check` has held sums to the oracle; how far two of them may differ depends on the terms.
         if name in ("input", "target") or value.shape == call.operands[0].shape != ():
             assert_same(name, kernel[name], value)
 
