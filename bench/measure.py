@@ -3,9 +3,12 @@
 import gc
 import itertools
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +69,20 @@ def measure(
         name: Timing(*(float(value) for value in np.percentile(values, [50, 20, 80])))
         for name, values in samples.items()
     }
+
+
+@contextmanager
+def cores_kept_busy(count: int) -> Iterator[None]:
+    """Have so many processes spin meanwhile, each of which wants a core for itself."""
+    # They end with this one, however it ends.
+    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def copy_gbps(device: torch.device) -> float:

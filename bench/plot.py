@@ -59,7 +59,7 @@ def write_plots(report: Report, path: Path) -> None:
                 panel(axes, rows, report)
         for axes, (title, _) in zip(grid[0], groups, strict=True):
             axes.set_title(title, fontsize=10, fontweight="bold")
-        machine = ", ".join(str(report.machine).splitlines())
+        machine = ", ".join(str(report.machine).splitlines()) + report.load
         title = f"Smooth L1: {machine}, copy {report.copy_gbps:.1f} GB/s read + written"
         _save(figure, title, path.with_suffix(".png"))
     for title, rows in groups:
@@ -69,7 +69,9 @@ def write_plots(report: Report, path: Path) -> None:
             for axes, (label, panel) in zip(pair, PANELS[2:], strict=True):
                 axes.set_title(label, fontsize=10)
                 panel(axes, rows, report)
-            title = f"{dtype}, both weights, forward + backward: {report.machine.device}"
+            title = (
+                f"{dtype}, both weights, forward + backward: {report.machine.device}{report.load}"
+            )
             _save(figure, title, path.with_name(f"{path.stem}-summary.png"))
             break
 

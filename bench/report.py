@@ -85,9 +85,15 @@ class Report:
 
     machine: Machine
     copy_gbps: float  # 1e9 bytes a second, read and written
+    busy_cores: int = 0  # that other processes wanted too
     rows: list[Row] = field(default_factory=list)
     host_us: dict[str, dict[str, float]] = field(default_factory=dict)  # of a small call
     left_out: list[str] = field(default_factory=list)  # what no row tells of
+
+    @property
+    def load(self) -> str:
+        """What else the machine had to do, for titles."""
+        return f", {self.busy_cores} cores kept busy" if self.busy_cores else ""
 
     def groups(self) -> Iterator[tuple[tuple[str, str], list[Row]]]:
         """Yield ((case, dtype), its rows), all in the order in which they were measured."""
@@ -169,7 +175,7 @@ def print_report(report: Report, compared: str) -> None:
     `compared` is the rival with which the others are compared.
     """
     out = console()
-    out.print(f"\n{report.machine}")
+    out.print(f"\n{report.machine}{report.load}")
     for (case, dtype), rows in report.groups():
         out.print(_table(f"{case}, {dtype}", rows, compared))
     if report.host_us:

@@ -231,9 +231,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = parser_of("python -m bench", __doc__ or "")
     parser.epilog = f"Other commands: {', '.join(COMMANDS)}; each has a --help of its own."
     parser.add_argument("--quick", action="store_true", help="three workloads, under 40 s")
+    busy = "with a process for each core that spins meanwhile"
+    parser.add_argument("--busy", action="store_true", help=busy)
     options = parser.parse_args(arguments)
-    # A quick run never takes a full run's place.
-    name, seconds = ("{}-quick", QUICK_SECONDS) if options.quick else ("{}", SECONDS)
+    # A quick run never takes a full run's place, nor a busy one an idle one's.
+    name = "{}" + "-quick" * options.quick + "-busy" * options.busy
+    seconds = QUICK_SECONDS if options.quick else SECONDS
     if options.quick:
         # Read when Inductor is loaded, which else tries the C++ compiler on vector code for
         # seconds. Where that cannot do it, the compiled rivals are reported as unable to run.
@@ -251,7 +254,9 @@ def main(arguments: Sequence[str]) -> int:
         if run.device.type == "cuda":  # A CPU has no launches.
             run.fill_launches(listed)
 
-    status = run.finish(work, compared=FUSED)
+    run.report.busy_cores = (os.cpu_count() or 1) if options.busy else 0
+    with measure.cores_kept_busy(run.report.busy_cores):
+        status = run.finish(work, compared=FUSED)
     if options.limit == inf:
         # Imported here because it needs seconds, as drawing does: no time for them under a limit.
         from bench.plot import write_plots

@@ -11,6 +11,7 @@ HEAD = 10_752  # elements of a Fast R-CNN head's output: 128 regions x 21 classe
 RPN = 86_184  # elements of an RPN's output at 600 x 1000 pixels
 COORDINATES = 4
 SELECTED_BOXES = 0.01  # of `row_mask`
+SELECTED_ELEMENTS = 0.5  # of `element_mask`
 BATCH, HIDDEN = 8, 4096  # of `drafter`: sequences, and the size of a token's hidden state
 SELECTED_TOKENS = 0.5
 FLOAT16_LOSS_SCALE = 65536.0  # GradScaler's first scale: without one, float16 gradients underflow
@@ -153,10 +154,10 @@ def _gpu_specs() -> list[Spec]:
 
 def _cpu_specs() -> list[Spec]:
     # In float32 alone: nobody trains a detector on a CPU in 16 bits.
-    listed = [Spec("rpn", RPN), *(Spec("dense", n) for n in (HEAD, RPN, 2**20, 2**22, 2**24))]
-    for case in ("row_mask", "broadcast", "no_weights"):
-        listed += [Spec(case, n) for n in (HEAD, RPN, 2**22, 2**24)]
-    return [*listed, Spec("none", 2**22), Spec("kernelbench", 2**24), Spec("drafter", 2**22)]
+    listed = [Spec("rpn", RPN)]
+    for case in ("dense", "row_mask", "element_mask", "broadcast", "no_weights", "none"):
+        listed += [Spec(case, n) for n in (HEAD, RPN, 2**20, 2**22, 2**24)]
+    return [*listed, Spec("kernelbench", 2**24), Spec("drafter", 2**22)]
 
 
 def build(spec: Spec, device: torch.device) -> Workload:
@@ -189,8 +190,11 @@ def build(spec: Spec, device: torch.device) -> Workload:
             inside, outside = weights(1, COORDINATES), weights(boxes[0], 1)
             plain = replace(plain, reduction="batchmean")
             return replace(plain, inside_weights=inside, outside_weights=outside)
-        case "row_mask":  # of few boxes, and divided by their number
-            mask = uniform(boxes[0], 1) < SELECTED_BOXES
+        case "row_mask" | "element_mask":  # of few boxes, or of half of all; divided by the number
+            if spec.case == "row_mask":
+                mask = uniform(boxes[0], 1) < SELECTED_BOXES
+            else:
+                mask = uniform(*shape) < SELECTED_ELEMENTS
             selected = mask.sum().clamp(min=1).float()
             return replace(plain, reduction="sum", inside_weights=mask, normalizer=selected)
         case "drafter":

@@ -275,6 +275,29 @@ def test_limit(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(row.median_ms is not None for row in read(path).rows)
 
 
+def test_a_busy_run(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each core spins while it measures, and none after it."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def kept(command: list[str]) -> subprocess.Popen[bytes]:
+        started.append(popen(command))
+        return started[-1]
+
+    def while_busy(spec: Spec, device: torch.device) -> Workload:
+        assert len(started) == os.cpu_count()
+        assert all(process.poll() is None for process in started)
+        return build(spec, device)
+
+    monkeypatch.setattr(subprocess, "Popen", kept)
+    monkeypatch.setattr(run, "build", while_busy)
+    monkeypatch.setattr(run, "specs", lambda device, quick: [Spec("dense", NUMEL)])
+    assert run.main(["--busy", "--limit", "1000", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*-busy.json")
+    assert read(path).busy_cores == os.cpu_count()
+    assert all(process.poll() is not None for process in started)
+
+
 def test_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """In microseconds, of calls that can be made."""
 

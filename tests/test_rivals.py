@@ -21,7 +21,8 @@ from tests import oracle
 
 # Whole hidden states for `drafter`, and more than one tile of any.
 NUMEL = 8 * 4 * HIDDEN
-CASES = ("dense", "kernelbench", "none", "row_mask", "drafter", "broadcast", "no_weights")
+MASKS = ("row_mask", "element_mask", "drafter")
+CASES = ("dense", "kernelbench", "none", "broadcast", "no_weights", *MASKS)
 
 
 def numel_of(case: str) -> int:
@@ -195,11 +196,11 @@ def test_floor_of_dense_operands(case: str, reads_and_writes: int) -> None:
     assert _workload(case, "cpu").floor_bytes == reads_and_writes * numel_of(case) * 4
 
 
-@pytest.mark.parametrize("case", ["row_mask", "drafter"])
+@pytest.mark.parametrize("case", MASKS)
 def test_floor_under_a_mask(case: str) -> None:
     """What a mask leaves out of input and target is not loaded; the gradient is whole."""
     workload = _workload(case, "cpu")
-    mask = workload.inside_weights if case == "row_mask" else workload.outside_weights
+    mask = workload.outside_weights if case == "drafter" else workload.inside_weights
     assert mask is not None
     assert workload.normalizer is not None
     selected = int(mask.expand_as(workload.input).sum())
@@ -223,6 +224,15 @@ def test_the_most_telling_comes_first() -> None:
         "rpn_graph 86,184 float32",
         "dense_graph 10,752 float32",
     ]
+
+
+def test_every_case_of_the_cpu_has_every_size() -> None:
+    """The goals name each of them (bench/RESULTS.md)."""
+    listed = specs(torch.device("cpu"), quick=False)
+    assert len(set(listed)) == len(listed)
+    for case in ("dense", "broadcast", "row_mask", "element_mask", "no_weights", "none"):
+        sizes = [spec.numel for spec in listed if spec.case == case]
+        assert sizes == [10_752, 86_184, 2**20, 2**22, 2**24]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
