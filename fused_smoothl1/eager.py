@@ -23,16 +23,15 @@ NONE, MEAN, SUM = 0, 1, 2
 # For other betas these are not exact: they square before they divide, and multiply by the upstream
 # gradient before that, which underflows or overflows.
 LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
-# The gradient for a beta of 0 is that for the least number above it: only 0 itself is less.
-BETA_OF_L1 = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 NO_GRADIENTS: Gradients = (None, None, None, None)
 
 # In elements, and all measured (bench/RESULTS.md): where a gradient that is made with the loss
-# begins to save more than it costs, how much of the losses to hold at once, and what it takes for
-# rows to be many, and the selected ones to be few.
+# begins to save more than it costs; how much of the losses to hold at once; what PyTorch leaves to
+# one thread; and what it takes for rows to be many, and for the selected ones to be few.
 LARGE = 1 << 18
 PART = 1 << 22
+ALONE = (1 << 15) - 1
 MANY, FEW = 1 << 15, 1 / 8
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
@@ -147,21 +146,28 @@ def _few_rows(problem: Problem) -> Tensor | None:
 
 
 def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tensor, Gradients]:
-    """Return what `forward` does, computed from these rows alone: the others take no part."""
+    """Return what `forward` does, computed from these rows alone: the others take no part.
 
-    def gathered(operand: Tensor | float) -> Any:
+    So few at a time that a thread takes them by itself, and waits for no other one.
+    """
+    input = problem.input
+
+    def gathered(operand: Tensor | float, rows: Tensor) -> Any:
         if not isinstance(operand, Tensor):
             return operand
-        return operand.expand_as(problem.input).index_select(0, rows)
+        return operand.expand_as(input).index_select(0, rows)
 
-    def spread(gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:
-            return None
-        return torch.zeros_like(problem.input, dtype=gradient.dtype).index_copy_(0, rows, gradient)
-
-    part = Problem._make((*map(gathered, problem[:4]), *problem[4:]))
-    loss, (grad_input, grad_target, *_) = forward(part, needs)
-    return loss, (spread(grad_input), spread(grad_target), None, None)
+    grad_input = torch.zeros_like(input) if needs[0] else None
+    grad_target = torch.zeros_like(input, dtype=problem.target.dtype) if needs[1] else None
+    losses: list[Tensor] = []
+    for some in rows.split(max(ALONE * len(input) // input.numel(), 1)):
+        operands = (gathered(operand, some) for operand in problem[:4])
+        loss, gradients = forward(Problem._make((*operands, *problem[4:])), needs)
+        losses.append(loss)
+        for whole, part in zip((grad_input, grad_target), gradients[:2], strict=True):
+            if whole is not None and part is not None:
+                whole.index_copy_(0, some, part)
+    return torch.stack(losses).sum(), (grad_input, grad_target, None, None)
 
 
 def _terms(problem: Problem) -> Terms:
@@ -177,7 +183,7 @@ def _terms(problem: Problem) -> Terms:
             factors.append(None if weights == 1 else _number(problem, weights))
     inside, outside = factors
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
-    is_bare = inside is outside is None and not masks
+    is_bare = inside is outside is None and not masks and problem.beta != 0
     if not (is_bare and left.dtype == right.dtype == dtype):
         left, right = _difference(problem), _number(problem, 0.0)
         if inside is not None:
@@ -234,13 +240,17 @@ def _scale(problem: Problem) -> Tensor | None:
 def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: Needs) -> Gradients:
     """Return the needed gradients but that of outside weights, one in place of the difference."""
     left, right, inside, outside, masks = terms
-    beta: Any = problem.beta or BETA_OF_L1[problem.compute_dtype]
+    beta: Any = problem.beta
     grad_input = grad_target = grad_inside = None
     if right is problem.target:
         gradient = torch.empty_like(left)
         factor = _number(problem, 1.0) if upstream is None else upstream
         smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
     else:
+        if beta == 0:  # The least number above 0 becomes epsilon, so that all but 0 is linear.
+            info = torch.finfo(left.dtype)
+            left.div_(info.tiny)
+            beta = info.eps
         gradient = left.clamp_(-beta, beta)
         if beta != 1:
             gradient.div_(_number(problem, beta))

@@ -1,6 +1,6 @@
 """How the elements of several tensors of one shape are numbered: order and collapse dimensions.
 
-Both backends walk their operands through this numbering, so that neither ever copies one.
+The kernel walks its operands through this numbering, so that it never copies one.
 """
 
 from collections.abc import Sequence

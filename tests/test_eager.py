@@ -116,6 +116,20 @@ def test_any_beta(dtype: torch.dtype, beta: float, weights: str) -> None:
         check(input, target, *chosen[weights], beta=beta, reduction=reduction, upstream=0.75)
 
 
+def test_l1_where_subnormal_numbers_are_0() -> None:
+    """A CPU can be told to take them for 0: the derivative is 0 there, and 1 everywhere else."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        input = torch.tensor([0.0, 1e-45, 1e-37, -1e-37, -3.0] * 8, requires_grad=True)
+        for weights in ((), (None, torch.ones(40))):
+            loss = smooth_l1_loss(input, torch.zeros(40), *weights, beta=0.0, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, input)
+            assert gradient.tolist() == [0.0, 0.0, 1.0, -1.0, -1.0] * 8
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def _weights(kind: str, rows: int) -> Tensor | None:
     """Return weights for (rows, 3, 2) elements."""
     shapes = {"whole": (rows, 3, 2), "rows": (rows, 1, 1), "columns": (3, 2), "number": ()}
@@ -155,6 +169,8 @@ def test_few_rows(layout: str, role: str, other: str, monkeypatch: pytest.Monkey
         weights = weights.detach()
     pair = (mask, weights) if role == "inside" else (weights, mask)
     for reduction, rows in (("sum", 4), ("mean", 4), ("batchmean", 4), ("none", None)):
+        # Some rows at a time: one, three and the last, or all.
+        monkeypatch.setattr(eager, "ALONE", {"sum": 1, "mean": 18}.get(reduction, eager.ALONE))
         gathered.clear()
         check(input, target, *pair, reduction=reduction, upstream=-1.5)
         # (Of two masks, the inside one is asked.)

@@ -205,7 +205,7 @@ def test_128_threads(warp_size: int, warps: int) -> None:
         product = _rescale(gpu, *(torch.empty(SEVERAL, device="cuda:0") for _ in range(2)))
         assert product is not None
         for launch in (_forward(gpu, SEVERAL), product):
-            # (A fused multiply-add would give other bits than eager PyTorch.)
+            # (Fused multiply-add gains nothing: bench/RESULTS.md. Triton's default for it changes.)
             assert launch.options == {"num_warps": warps, "enable_fp_fusion": False}
 
 
