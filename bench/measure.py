@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,9 +76,11 @@ def measure(
 def cores_kept_busy(count: int) -> Iterator[None]:
     """Have so many processes spin meanwhile, each of which wants a core for itself."""
     # They end with this one, however it ends.
-    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
-    processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for _ in range(count):
+            processes.append(subprocess.Popen([sys.executable, "-c", spin]))
         yield
     finally:
         for process in processes:

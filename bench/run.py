@@ -231,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = parser_of("python -m bench", __doc__ or "")
     parser.epilog = f"Other commands: {', '.join(COMMANDS)}; each has a --help of its own."
     parser.add_argument("--quick", action="store_true", help="three workloads, under 40 s")
-    busy = "with a process for each core that spins meanwhile"
+    busy = "with a process that spins for each of PyTorch's threads"
     parser.add_argument("--busy", action="store_true", help=busy)
     options = parser.parse_args(arguments)
     # A quick run never takes a full run's place, nor a busy one an idle one's.
@@ -241,22 +241,11 @@ def main(arguments: Sequence[str]) -> int:
         # Read when Inductor is loaded, which else tries the C++ compiler on vector code for
         # seconds. Where that cannot do it, the compiled rivals are reported as unable to run.
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-    run = begin(options, RIVALS, seconds, name)
-
-    def work() -> None:
-        listed = specs(run.device, options.quick)
-        run.clock.reserved = LAST_SECONDS
-        run.fill(listed)
-        run.clock.reserved = 0.0
-        host = partial(host_us, run.device)
-        run.attempt("host times", HOST_SECONDS, lambda: run.report.host_us.update(host()))
-        run.report.write(run.path)
-        if run.device.type == "cuda":  # A CPU has no launches.
-            run.fill_launches(listed)
-
-    run.report.busy_cores = (os.cpu_count() or 1) if options.busy else 0
-    with measure.cores_kept_busy(run.report.busy_cores):
-        status = run.finish(work, compared=FUSED)
+    busy_cores = torch.get_num_threads() if options.busy else 0
+    with measure.cores_kept_busy(busy_cores):
+        run = begin(options, RIVALS, seconds, name)
+        run.report.busy_cores = busy_cores
+        status = run.finish(partial(_work, run, options.quick), compared=FUSED)
     if options.limit == inf:
         # Imported here because it needs seconds, as drawing does: no time for them under a limit.
         from bench.plot import write_plots
@@ -264,6 +253,19 @@ def main(arguments: Sequence[str]) -> int:
         write_plots(run.report, run.path)
     print(f"`python -m bench plot {run.path}` draws it.")
     return status
+
+
+def _work(run: Run, quick: bool) -> None:
+    """Measure all that belongs to the benchmark."""
+    listed = specs(run.device, quick)
+    run.clock.reserved = LAST_SECONDS
+    run.fill(listed)
+    run.clock.reserved = 0.0
+    host = partial(host_us, run.device)
+    run.attempt("host times", HOST_SECONDS, lambda: run.report.host_us.update(host()))
+    run.report.write(run.path)
+    if run.device.type == "cuda":  # A CPU has no launches.
+        run.fill_launches(listed)
 
 
 def _first_line(error: Exception) -> str:

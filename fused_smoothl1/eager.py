@@ -1,8 +1,8 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
-`forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`. Each is a
-few of PyTorch's own operations over whole tensors: it is their number that costs, in a small call
-and wherever other processes want the cores too.
+`forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`, by few of
+PyTorch's own operations over whole tensors: it is their number that costs, in a small call and
+wherever other processes want the cores too.
 """
 
 import math
@@ -13,42 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_smoothl1.composition import composition, differentiable_backward
-from fused_smoothl1.contract import Gradients, Needs, Problem, is_mask, sum_to_weights
+from fused_smoothl1.contract import Gradients, Needs, Problem, is_mask, sum_to_weights, transition
 
 # PyTorch's own loss and its gradient, and how they number the reductions.
 smooth_l1: Any = torch._C._nn.smooth_l1_loss
 smooth_l1_gradient: Any = torch.ops.aten.smooth_l1_loss_backward.grad_input
 NONE, MEAN, SUM = 0, 1, 2
-# For other betas these are not exact: they square before they divide, and multiply by the upstream
-# gradient before that, which underflows or overflows.
+# They square the difference, or multiply it by the upstream gradient, before they divide by beta.
+# Outside of this range of betas, ordinary numbers would underflow or overflow on the way.
 LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 NO_GRADIENTS: Gradients = (None, None, None, None)
 
-# In elements, and all measured (bench/RESULTS.md): where a gradient that is made with the loss
-# begins to save more than it costs; how much of the losses to hold at once; what PyTorch leaves to
-# one thread; and what it takes for rows to be many, and for the selected ones to be few.
+# Numbers of elements, measured (bench/RESULTS.md): from which on it pays to make the gradient with
+# the loss, of whose losses to hold at once, that PyTorch leaves to one thread, and from which on it
+# pays to gather selected rows, if they are at most this share of all.
 LARGE = 1 << 18
 PART = 1 << 22
 ALONE = (1 << 15) - 1
 MANY, FEW = 1 << 15, 1 / 8
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
-# Input and target or, where anything else is asked for than their difference, the weighted one (in
-# the compute dtype, 0 where not selected) and a 0 without dimensions; the inside and the outside
-# weights, or None for 1; and the masks.
+# Two tensors, then the inside and the outside weights (None stands for 1), and the masks. The
+# difference of the first two is the weighted one: they are input and target if these are all there
+# is, else that difference itself, in the compute dtype and 0 where not selected, and a 0-d 0.
 Terms = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Masks]
 
 
 def own_loss(problem: Problem) -> Tensor | None:
-    """Return PyTorch's own loss in the graph of its operands, if that is all there is to do.
+    """Return PyTorch's own loss, connected to the graph of its operands, or None.
 
-    It is not with weights, for other dtypes and divisors, where its gradient would have another
-    memory format, or for so many elements that the gradient is better made with the loss.
+    None if there are weights, a normalizer or several dtypes, if its gradient would have another
+    memory format than the input, or if it is so large that the gradient is better made with it.
     """
     input, target, inside, outside, divisor, beta, reduce, dtype, *_ = problem
     if isinstance(inside, Tensor) or isinstance(outside, Tensor) or isinstance(divisor, Tensor):
+        return None
+    # (The strides of dimensions of size 1 may be anything.)
+    if 1 in input.shape and input.stride() != torch.empty(input.shape, device="meta").stride():
         return None
     numel = input.numel()
     if not (
@@ -56,11 +58,6 @@ def own_loss(problem: Problem) -> Tensor | None:
         and divisor in (1, numel)
         and input.dtype == target.dtype == dtype
         and input.is_contiguous()
-        and (
-            1 not in input.shape
-            or input.stride()
-            == torch.empty_like(input, memory_format=torch.contiguous_format).stride()
-        )
         and beta != 0
         and _is_exact(beta)
         and 0 < numel < (LARGE if reduce else math.inf)
@@ -75,9 +72,6 @@ def forward(
     problem: Problem, needs: Needs, *, is_recorded: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1."""
-    if not _is_exact(problem.beta):
-        loss = composition(problem)
-        return loss, differentiable_backward(problem, torch.ones_like(loss), needs)
     rows = _few_rows(problem)
     if rows is not None:
         return _forward_of_rows(problem, needs, rows)
@@ -97,8 +91,6 @@ def forward(
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    if not _is_exact(problem.beta):
-        return differentiable_backward(problem, upstream, needs)
     terms, scale = _terms(problem), _scale(problem)
     upstream = _converted(upstream, problem.compute_dtype)
     if scale is not None:
@@ -126,6 +118,15 @@ def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Nee
     return backward(problem, upstream, needs)
 
 
+def _transition(problem: Problem) -> tuple[Any, Any]:
+    """Return beta and 1 / beta; a tensor is kept from 0, which nothing can be divided by."""
+    beta = problem.beta
+    if isinstance(beta, Tensor):
+        beta = beta.clamp(min=torch.finfo(problem.compute_dtype).tiny)
+        return beta, beta.reciprocal()
+    return transition(problem)
+
+
 def _is_exact(beta: Tensor | float) -> bool:
     """Whether PyTorch's own loss keeps the contract for this beta."""
     return not isinstance(beta, Tensor) and (beta == 0 or LEAST_BETA <= beta <= MOST_BETA)
@@ -140,7 +141,7 @@ def _few_rows(problem: Problem) -> Tensor | None:
     shape = (len(input), *[1] * (input.dim() - 1))
     if not isinstance(mask, Tensor) or mask.shape != shape:
         return None
-    if int(mask.count_nonzero()) > FEW * len(input):
+    if not 0 < int(mask.count_nonzero()) <= FEW * len(input):
         return None
     return mask.flatten().nonzero().flatten()
 
@@ -183,8 +184,8 @@ def _terms(problem: Problem) -> Terms:
             factors.append(None if weights == 1 else _number(problem, weights))
     inside, outside = factors
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
-    is_bare = inside is outside is None and not masks and problem.beta != 0
-    if not (is_bare and left.dtype == right.dtype == dtype):
+    is_bare = inside is outside is None and not masks and left.dtype == right.dtype == dtype
+    if not (is_bare and problem.beta != 0 and _is_exact(problem.beta)):
         left, right = _difference(problem), _number(problem, 0.0)
         if inside is not None:
             left.mul_(inside)
@@ -221,8 +222,12 @@ def _losses(
     problem: Problem, left: Tensor, right: Tensor, factor: Tensor | None, masks: Masks
 ) -> Tensor:
     """Return the loss of each element, times the factor."""
-    losses = torch.empty_like(left)
-    smooth_l1(left, right, NONE, problem.beta, out=losses)
+    losses, (beta, inverse_beta) = torch.empty_like(left), _transition(problem)
+    if _is_exact(beta):
+        smooth_l1(left, right, NONE, beta, out=losses)
+    else:  # As clamp(x) / beta * (x - clamp(x) / 2), where nothing is squared.
+        slopes = torch.clamp(left, -beta, beta, out=losses) * inverse_beta
+        losses.mul_(-0.5).add_(left).mul_(slopes)
     if factor is not None:
         losses.mul_(factor)
         _exclude(losses, masks)
@@ -238,22 +243,27 @@ def _scale(problem: Problem) -> Tensor | None:
 
 
 def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: Needs) -> Gradients:
-    """Return the needed gradients but that of outside weights, one in place of the difference."""
+    """Return the needed gradients but that of outside weights.
+
+    A weighted difference among the terms is overwritten.
+    """
     left, right, inside, outside, masks = terms
-    beta: Any = problem.beta
+    beta, inverse_beta = _transition(problem)
     grad_input = grad_target = grad_inside = None
     if right is problem.target:
         gradient = torch.empty_like(left)
         factor = _number(problem, 1.0) if upstream is None else upstream
         smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
     else:
-        if beta == 0:  # The least number above 0 becomes epsilon, so that all but 0 is linear.
+        if (
+            not isinstance(beta, Tensor) and beta == 0
+        ):  # L1: the least number above 0 becomes epsilon.
             info = torch.finfo(left.dtype)
             left.div_(info.tiny)
-            beta = info.eps
+            beta, inverse_beta = info.eps, 1 / info.eps
         gradient = left.clamp_(-beta, beta)
-        if beta != 1:
-            gradient.div_(_number(problem, beta))
+        if isinstance(beta, Tensor) or beta != 1:
+            gradient.mul_(inverse_beta)
         for weights in (upstream, outside):
             if weights is not None:
                 gradient.mul_(weights)
@@ -267,7 +277,7 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
     if needs[0]:
         grad_input = _converted(gradient, problem.input.dtype)
     if needs[1]:
-        negative = -gradient if needs[0] else gradient.neg_()
+        negative = torch.neg(gradient, out=torch.empty_like(gradient) if needs[0] else gradient)
         grad_target = _converted(negative, problem.target.dtype)
     return grad_input, grad_target, grad_inside, None
 
@@ -294,6 +304,8 @@ def _number(problem: Problem, value: float) -> Tensor:
     """Return a number as a tensor of the compute dtype, which costs a product less."""
     if problem.input.is_cpu:
         return _kept_number(value, problem.compute_dtype)
+    if abs(value) > torch.finfo(problem.compute_dtype).max:
+        value = math.copysign(math.inf, value)  # Nothing can be filled with a larger number.
     return problem.input.new_full((), value, dtype=problem.compute_dtype)
 
 

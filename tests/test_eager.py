@@ -183,7 +183,7 @@ def test_few_rows(layout: str, role: str, other: str, monkeypatch: pytest.Monkey
     [
         (10, (80, 1), True),
         (11, (80, 1), False),
-        (0, (80, 1), True),
+        (0, (80, 1), False),
         (10, (80, 6), False),
         (1, (1, 6), False),
         (1, (6,), False),
@@ -193,7 +193,7 @@ def test_few_rows(layout: str, role: str, other: str, monkeypatch: pytest.Monkey
 def test_what_few_rows_are(
     selected: int, shape: tuple[int, ...], is_few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most an eighth of all, of a mask of whole rows, and of enough elements."""
+    """Some, at most an eighth of all, of a mask of whole rows, and of enough elements."""
     gathered = _is_gathered(monkeypatch)
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[:selected] = True
@@ -216,6 +216,30 @@ def test_few_rows_under_an_upstream_gradient_that_is_not_finite(
         check(input, target, None, mask, reduction="sum", upstream=upstream)
 
 
+@pytest.mark.parametrize("selected", [0, 1])
+@pytest.mark.parametrize("normalizer", [0.0, math.nan, math.inf])
+def test_few_rows_under_a_bad_normalizer(
+    normalizer: float, selected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 by 0 is NaN, be it a sum of nothing."""
+    monkeypatch.setattr(eager, "MANY", 1)
+    mask = torch.arange(80)[:, None] < selected
+    input, target = _pair(80, 6)
+    check(input, target, mask, reduction="sum", normalizer=torch.tensor(normalizer))
+
+
+@pytest.mark.parametrize("input", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.float64, torch.float32, torch.bfloat16])
+def test_few_rows_of_several_dtypes(
+    target: torch.dtype, input: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "MANY", 1)
+    mask = torch.arange(80)[:, None] == 7
+    one, other = (t.detach() for t in _pair(80, 6))
+    one, other = one.to(input).requires_grad_(), other.to(target).requires_grad_()
+    check(one, other, mask, reduction="mean", upstream=3.0)
+
+
 @pytest.mark.parametrize("kind", ["nothing", "whole", "rows", "columns", "number", "mask"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_losses_in_parts(reduction: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,36 +253,36 @@ def test_losses_in_parts(reduction: str, kind: str, monkeypatch: pytest.MonkeyPa
         check(input, target, weights, _weights("rows", 23), reduction=reduction, beta=0.5)
 
 
-@pytest.mark.parametrize("shape", [(600,), (1, 600), (600, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(600,), (1, 600), (600, 0), (23, 23)], ids=str)
 def test_parts_of_odd_shapes(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one row, there are none."""
+    """One row is one part; weights for each column are not split, be there as many rows."""
     monkeypatch.setattr(eager, "PART", 250)
     input, target = _pair(*shape)
     check(input, target, None, 2.0, reduction="sum")
+    columns = gaussian(shape[-1], seed=5) if len(shape) == 2 else None
+    check(input, target, None, columns, reduction="sum")
 
 
 def test_number_of_operations(unpoisoned: None) -> None:
-    """It does not grow with the operands, and is hardly more than the formula has."""
+    """It does not grow with the operands, and is what the formula has."""
 
-    def count(numel: int) -> int:
+    def operations(numel: int) -> list[str]:
         operands = [gaussian(numel, 1, seed=seed) for seed in range(4)]
         operands[0].requires_grad_()
-        loss = smooth_l1_loss(*operands)
+        upstream = torch.tensor(1.0)
+        smooth_l1_loss(*operands).backward(upstream)  # Numbers are made once, and kept.
         with torch.autograd.profiler.profile() as profile:
             loss = smooth_l1_loss(*operands)
-            torch.autograd.grad(loss, operands[0])
-        names = [event.name for event in profile.function_events]
-        written = ("aten::sub", "aten::mul_", "aten::smooth_l1_loss", "aten::sum", "aten::clamp_")
-        return sum(name in written for name in names)
+            torch.autograd.grad(loss, operands[0], upstream)
+        events = [event for event in profile.function_events if event.cpu_parent is None]
+        events += [child for event in events for child in event.cpu_children]
+        names = [e.name for e in events if e.name.startswith("aten::")]
+        return [n for n in names if n not in ("aten::empty", "aten::empty_like", "aten::item")]
 
-    # The difference, two weights, the loss, its sum and divisor, and four for the gradient.
-    assert count(64) == count(1 << 20) == 10
-
-
-def test_numbers_that_were_made_in_inference_mode() -> None:
-    """They are kept, and serve other calls."""
-    eager._kept_number.cache_clear()
-    input, target = _pair(40, 5)
-    with torch.inference_mode():
-        smooth_l1_loss(input, target, 0.5, reduction="batchmean")
-    check(input, target, 0.5, reduction="batchmean", upstream=2.0)
+    # The difference, weighted; the loss, weighted, summed and divided; and the gradient: the
+    # clamped difference, divided, weighted twice.
+    forward = ["sub", "mul_", "smooth_l1_loss", "mul_", "sum", "mul_"]
+    expected = [*forward, "clamp_", "mul_", "mul_", "mul_"]
+    found = operations(1 << 20)
+    assert [n.removeprefix("aten::") for n in found if "detach" not in n] == expected
+    assert operations(64) == found
