@@ -221,7 +221,7 @@ def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...
 def _losses(
     problem: Problem, left: Tensor, right: Tensor, factor: Tensor | None, masks: Masks
 ) -> Tensor:
-    """Return the loss of each element, times the factor."""
+    """Return the losses of the elements, each times the factor; what is not selected has 0."""
     losses, (beta, inverse_beta) = torch.empty_like(left), _transition(problem)
     if _is_exact(beta):
         smooth_l1(left, right, NONE, beta, out=losses)
@@ -235,7 +235,7 @@ def _losses(
 
 
 def _scale(problem: Problem) -> Tensor | None:
-    """Return what the sum is multiplied by, unless it is 1."""
+    """Return what the sum is multiplied by, or None for 1."""
     divisor = problem.divisor
     if isinstance(divisor, Tensor):
         return _converted(divisor, problem.compute_dtype).reciprocal()
@@ -255,9 +255,8 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
         factor = _number(problem, 1.0) if upstream is None else upstream
         smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
     else:
-        if (
-            not isinstance(beta, Tensor) and beta == 0
-        ):  # L1: the least number above 0 becomes epsilon.
+        # For L1 the least number above 0 becomes epsilon, and the linear part begins there.
+        if not isinstance(beta, Tensor) and beta == 0:
             info = torch.finfo(left.dtype)
             left.div_(info.tiny)
             beta, inverse_beta = info.eps, 1 / info.eps
