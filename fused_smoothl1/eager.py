@@ -80,11 +80,15 @@ def forward(
     if not problem.reduce:
         losses = _losses(problem, left, right, outside, masks)
         return _converted(losses, problem.loss_dtype), NO_GRADIENTS
-    parts = _parts(problem, left, right, outside, *masks)
-    sums = [_losses(problem, a, b, factor, rest).sum() for a, b, factor, *rest in parts]
-    total, scale = sums[0] if len(sums) == 1 else torch.stack(sums).sum(), _scale(problem)
+    numel, scale = problem.input.numel(), _scale(problem)
+    if numel <= PART:
+        total = _losses(problem, left, right, outside, masks).sum()
+    else:
+        parts = _parts(problem, left, right, outside, *masks)
+        sums = [_losses(problem, a, b, factor, rest).sum() for a, b, factor, *rest in parts]
+        total = torch.stack(sums).sum()
     # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
-    if scale is not None and problem.input.numel():
+    if scale is not None and numel:
         total.mul_(scale)
     return total, _gradients(problem, terms, scale, needs) if any(needs) else NO_GRADIENTS
 
@@ -203,19 +207,15 @@ def _difference(problem: Problem) -> Tensor:
 
 def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Split the tensors into rows of at most `PART` elements, as far as they have any."""
-    numel = problem.input.numel()
-    if numel <= PART:
-        yield tensors
-        return
-    rows = problem.input.shape[:1]
-    step = max(PART * rows[0] // numel, 1)
-    for start in range(0, rows[0], step):
-        yield tuple(
-            t
-            if t is None or t.dim() < problem.input.dim() or t.shape[:1] != rows
-            else t[start : start + step]
-            for t in tensors
-        )
+    input = problem.input
+    step = max(PART * len(input) // input.numel(), 1)
+
+    def has_rows(tensor: Tensor) -> bool:
+        return tensor.dim() == input.dim() and len(tensor) == len(input)
+
+    for start in range(0, len(input), step):
+        rows = slice(start, start + step)
+        yield tuple(t if t is None or not has_rows(t) else t[rows] for t in tensors)
 
 
 def _losses(
