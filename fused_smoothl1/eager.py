@@ -31,7 +31,7 @@ NO_GRADIENTS: Gradients = (None, None, None, None)
 LARGE = 1 << 18
 PART = 1 << 22
 ALONE = (1 << 15) - 1
-MANY, FEW = 1 << 15, 1 / 8
+MANY, FEW = 1 << 17, 1 / 8
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
 # Two tensors, then the inside and the outside weights (None stands for 1), and the masks. The
