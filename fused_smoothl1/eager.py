@@ -225,9 +225,9 @@ def _losses(
     losses, (beta, inverse_beta) = torch.empty_like(left), _transition(problem)
     if _is_exact(beta):
         smooth_l1(left, right, NONE, beta, out=losses)
-    else:  # As clamp(x) / beta * (x - clamp(x) / 2), where nothing is squared.
-        slopes = torch.clamp(left, -beta, beta, out=losses) * inverse_beta
-        losses.mul_(-0.5).add_(left).mul_(slopes)
+    else:  # The slope times (x - clamp(x) / 2), where nothing is squared.
+        slopes = (left * inverse_beta).clamp_(-1, 1)
+        torch.clamp(left, -beta, beta, out=losses).mul_(-0.5).add_(left).mul_(slopes)
     if factor is not None:
         losses.mul_(factor)
         _exclude(losses, masks)
@@ -255,14 +255,12 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
         factor = _number(problem, 1.0) if upstream is None else upstream
         smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
     else:
-        # For L1 the least number above 0 becomes epsilon, and the linear part begins there.
-        if not isinstance(beta, Tensor) and beta == 0:
-            info = torch.finfo(left.dtype)
-            left.div_(info.tiny)
-            beta, inverse_beta = info.eps, 1 / info.eps
-        gradient = left.clamp_(-beta, beta)
+        if not isinstance(beta, Tensor) and beta == 0:  # The least number above 0 becomes 1.
+            left.div_(torch.finfo(left.dtype).tiny)
+            inverse_beta = 1 / torch.finfo(left.dtype).eps
         if isinstance(beta, Tensor) or beta != 1:
-            gradient.mul_(inverse_beta)
+            left.mul_(inverse_beta)
+        gradient = left.clamp_(-1, 1)
         for weights in (upstream, outside):
             if weights is not None:
                 gradient.mul_(weights)
