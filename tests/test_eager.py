@@ -216,6 +216,26 @@ def test_few_rows_under_an_upstream_gradient_that_is_not_finite(
         check(input, target, None, mask, reduction="sum", upstream=upstream)
 
 
+def test_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as PyTorch leaves to one thread, and at least one."""
+    rows: list[int] = []
+    original = eager.forward
+
+    def spied(problem: Any, needs: Any) -> Any:
+        rows.append(len(problem.input))
+        return original(problem, needs)
+
+    monkeypatch.setattr(eager, "forward", spied)
+    monkeypatch.setattr(eager, "MANY", 1)
+    mask = torch.arange(80)[:, None] % 20 == 7
+    for alone, expected in ((23, [80, 3, 1]), (5, [80, 1, 1, 1, 1]), (24, [80, 4])):
+        monkeypatch.setattr(eager, "ALONE", alone)
+        rows.clear()
+        input, target = _pair(80, 6)
+        check(input, target, mask, reduction="sum")
+        assert rows == expected
+
+
 @pytest.mark.parametrize("selected", [0, 1])
 @pytest.mark.parametrize("normalizer", [0.0, math.nan, math.inf])
 def test_few_rows_under_a_bad_normalizer(
