@@ -6,6 +6,7 @@ both sides of where it begins.
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,3 +307,21 @@ def test_number_of_operations(unpoisoned: None) -> None:
     found = operations(1 << 20)
     assert [n.removeprefix("aten::") for n in found if "detach" not in n] == expected
     assert operations(64) == found
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1e50, math.inf), (-1e50, -math.inf), (2.5, 2.5)])
+def test_numbers_on_another_device(value: float, expected: float) -> None:
+    """They are made there, without a copy; beyond float32 they are infinite, as on the CPU."""
+    filled: list[tuple[float, torch.dtype]] = []
+
+    class Input:
+        is_cpu = False
+
+        def new_full(self, shape: tuple[()], value: float, dtype: torch.dtype) -> None:
+            filled.append((value, dtype))
+
+    problem: Any = SimpleNamespace(input=Input(), compute_dtype=torch.float32)
+    eager._number(problem, value)
+    assert filled == [(expected, torch.float32)]
+    problem.input = torch.empty(3)
+    assert eager._number(problem, value).item() == expected
