@@ -55,8 +55,8 @@ def smooth_l1_loss(
 
     On a GPU one Triton kernel computes the loss and the gradient together, in the forward pass;
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
-    PyTorch gives the same result. No number is part of a compiled kernel: a new value costs
-    nothing, but for one more graph that ``torch.compile`` makes when it sees a second value.
+    PyTorch gives the same result, to rounding. No number is part of a compiled kernel: a new value
+    costs nothing, but for one more graph that ``torch.compile`` makes when it sees a second value.
 
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
