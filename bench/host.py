@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 from bench.measure import measure
 from bench.rivals import composition, fused_on
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.contract import Gradients, Needs, Problem
+from fused_smoothl1.problem import Gradients, Needs, Problem
 
 NUMEL = 1024
 SECONDS = 1.0
@@ -49,7 +49,7 @@ def host_us(device: torch.device) -> dict[str, dict[str, float]]:
 
 
 class _Idle:
-    """A `contract.Backend` that has made its results beforehand."""
+    """A `problem.Backend` that has made its results beforehand."""
 
     def __init__(self, input: Tensor) -> None:
         self._loss, self._gradient = input.new_zeros(()), torch.zeros_like(input)
@@ -60,5 +60,5 @@ class _Idle:
         # (Were somebody else to hold it too, autograd would copy the gradient.)
         return self._loss.detach(), (self._gradient.detach(), None, None, None)
 
-    def rescale(self, gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients:
+    def scale(self, gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients:
         return gradients

@@ -109,7 +109,7 @@ def fused_for_drafter(
 
 
 def fused_on(backend: Any) -> Any:
-    """Return `smooth_l1_loss` as it would be if the dispatch chose this `contract.Backend`."""
+    """Return `smooth_l1_loss` as it would be if the dispatch chose this `problem.Backend`."""
     namespace = {**vars(functional), "backend_for": lambda input: backend}
     code, defaults = smooth_l1_loss.__code__, smooth_l1_loss.__defaults__
     copy: Any = FunctionType(code, namespace, argdefs=defaults)

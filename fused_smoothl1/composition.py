@@ -7,18 +7,17 @@ divides, which overflows.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_smoothl1.contract import (
+from fused_smoothl1.hooks import is_static, may_hold
+from fused_smoothl1.problem import (
     Gradients,
     Needs,
     Problem,
     is_mask,
-    is_static,
-    may_hold,
     sum_to_weights,
     transition,
 )
@@ -44,19 +43,26 @@ class _Elements(NamedTuple):
     """
 
 
-def composition(problem: Problem) -> Tensor:
+def loss(problem: Problem) -> Tensor:
     """Return the loss, connected to the graph of its operands."""
     parts = _elements(problem)
-    loss = parts.loss if parts.outside is None else parts.loss * parts.outside
+    value = parts.loss if parts.outside is None else parts.loss * parts.outside
     if problem.reduce:
-        divisor = _divisor(problem, loss)
-        # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
+        # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
         may_be_empty = may_hold(problem.input.numel() == 0)
-        loss = (loss / divisor).sum() if may_be_empty else loss.sum() / divisor
-    return loss.to(problem.loss_dtype)
+        value = _divided(value, problem).sum() if may_be_empty else _divided(value.sum(), problem)
+    return value.to(problem.loss_dtype)
 
 
-def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+def forward(
+    problem: Problem, needs: Needs, *, is_recorded: bool = False
+) -> tuple[Tensor, Gradients]:
+    """Return the loss, and the needed gradients for an upstream gradient of 1."""
+    value = loss(problem)
+    return value, backward(problem, torch.ones_like(value), needs)
+
+
+def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients connected to the graph of the operands and of `upstream`."""
     if not any(needs):
         return None, None, None, None
@@ -66,7 +72,7 @@ def differentiable_backward(problem: Problem, upstream: Tensor, needs: Needs) ->
     def selected(gradient: Tensor) -> Tensor:
         return gradient if parts.selected is None else torch.where(parts.selected, gradient, 0)
 
-    above = upstream / _divisor(problem, upstream) if problem.reduce else upstream
+    above = _divided(upstream, problem) if problem.reduce else upstream
     grad_outside = selected(parts.loss * above) if needs_outside else None
     slope = torch.where(*parts.slopes)
     grad_x = slope * (above if parts.outside is None else parts.outside * above)
@@ -88,13 +94,16 @@ def _elements(problem: Problem) -> _Elements:
     difference = problem.input.to(dtype) - problem.target.to(dtype)
     selected: Tensor | None = None
     factors: list[Tensor | None] = []
-    for weights in (problem.inside, problem.outside):
+    for weights, number in (
+        (problem.inside, problem.inside_number),
+        (problem.outside, problem.outside_number),
+    ):
         if is_mask(weights):
-            chosen = weights != 0
-            selected = chosen if selected is None else selected & chosen
+            selection = weights != 0
+            selected = selection if selected is None else selected & selection
             factors.append(None)
-        elif isinstance(weights, Tensor) or weights != 1:
-            factors.append(_as_tensor(weights, difference))
+        elif weights is not None or number != 1:
+            factors.append(_as_tensor(number if weights is None else weights, difference))
         else:
             factors.append(None)
     if selected is not None:
@@ -110,11 +119,16 @@ def _elements(problem: Problem) -> _Elements:
 
 def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return the loss of weighted differences, and what its derivative is made of."""
-    beta, inverse_beta = transition(problem)
-    if not isinstance(inverse_beta, Tensor) and inverse_beta == math.inf:
-        # Only NaN is quadratic then. A product of inf with the zeros in place of the others would
-        # be NaN: it is not selected, but anomaly detection would find it.
-        inverse_beta = 1.0
+    beta: Tensor | float
+    inverse_beta: Tensor | float
+    if problem.beta is None:
+        beta, inverse_beta = transition(problem)
+        if inverse_beta == math.inf:
+            # Only NaN is quadratic then. A product of inf with the zeros in place of the others
+            # would be NaN: it is not selected, but anomaly detection would find it.
+            inverse_beta = 1.0
+    else:
+        beta, inverse_beta = problem.beta, problem.beta.reciprocal()
     half_beta, half_inverse = _as_tensor(beta / 2, x), _as_tensor(inverse_beta / 2, x)
     beta, inverse_beta = _as_tensor(beta, x), _as_tensor(inverse_beta, x)
     # (Not abs, whose second derivative is a tensor without memory. Detached, for inf times the
@@ -129,11 +143,12 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
     return loss, (is_linear, sign, rest * inverse_beta)
 
 
-def _divisor(problem: Problem, like: Tensor) -> Any:
-    divisor = problem.divisor
+def _divided(value: Tensor, problem: Problem) -> Tensor:
+    if problem.divisor is not None:
+        return value / problem.divisor.to(value.dtype)
+    number = problem.divisor_number
     # A number of elements may be a symbol, and stays one.
-    is_known = isinstance(divisor, Tensor) or is_static(divisor)
-    return _as_tensor(divisor, like) if is_known else divisor
+    return value / (_as_tensor(number, value) if is_static(number) else number)
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:

@@ -1,55 +1,33 @@
-"""Which backend computes a call. This is the only place that chooses."""
+"""Which calls are plain, and which backend computes them. This is the only place that decides."""
 
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    DispatchKey,
-    _are_functorch_transforms_active,
-    _dispatch_tls_is_dispatch_key_included,
-    _get_dispatch_mode,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-    _TorchDispatchModeKey,
-)
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fused_smoothl1 import eager
-from fused_smoothl1.contract import Backend
+from fused_smoothl1.hooks import (
+    is_legacy_batched,
+    is_transformed,
+    is_watched,
+    traced_as_constant,
+    untraced,
+)
+from fused_smoothl1.problem import Backend
 
 CHOICES = ("auto", "eager", "triton")
 # The device types for which Triton generates code ("cuda" is also ROCm's name in PyTorch).
 TRITON_DEVICES = ("cuda", "xpu")
 # The oldest NVIDIA architecture that Triton supports.
 MINIMUM_CAPABILITY = (7, 5)
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, int))
-PRE_DISPATCH = DispatchKey.PreDispatch
-
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def untraced(function: Function) -> Function:
-    """Keep torch.compile out of a function, and of all that it calls, where the function is run.
-
-    Where torch.compile has given up on a function, it goes on to look into each call that runs in
-    it. (To disable it in the documented way would import all of it, and Triton with it.)
-    """
-    hooks = torch._C._dynamo.eval_frame
-    skip = hooks._FrameAction.SKIP
-    hooks.set_code_exec_strategy(function.__code__, hooks._FrameExecStrategy(skip, skip))
-    return function
-
-
-untraced(eager.forward)
+# Of the fields of a problem.
+PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, bool, torch.dtype}
 
 
 @untraced
@@ -85,23 +63,21 @@ def backend_on(device: torch.device) -> Backend:
 
 
 @untraced
-def is_plain(operands: tuple[Any, ...]) -> bool:
+def is_plain(values: tuple[Any, ...]) -> bool:
     """Whether PyTorch executes this call as it stands, with nothing between it and the tensors.
 
     What is between must see operations that it knows, not a kernel launch or a write into memory.
+    The first of the values is a tensor.
     """
     return (
         # torch.compile and torch.export, which trace this very call.
         not is_dynamo_compiling()
         and not is_transformed()
-        # make_fx, FakeTensorMode, and others that see every operation; those that see it before
-        # autograd does have a stack of their own.
-        and _len_torch_dispatch_stack() == 0
-        and not _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
+        and not is_watched()
         # Tensors without data, of which only the operators' results are known.
-        and not operands[0].is_meta
-        # DTensor, FakeTensor and other subclasses; symbols in the place of weights and divisors.
-        and PLAIN_TYPES.issuperset(map(type, operands))
+        and not values[0].is_meta
+        # DTensor, FakeTensor and other subclasses; symbols in the place of numbers.
+        and PLAIN_TYPES.issuperset(map(type, values))
     )
 
 
@@ -110,41 +86,17 @@ def is_plain_backward(upstream: Tensor) -> bool:
     return (
         # The caller wants to differentiate the result.
         not torch.is_grad_enabled()
-        # torch.vmap over autograd.grad, forward-mode AD of a gradient, compiled autograd …
+        # torch.vmap over autograd.grad, forward-mode AD of a gradient, compiled autograd, and
+        # is_grads_batched=True.
         and is_plain((upstream,))
-        # … and is_grads_batched=True, which is vmap as it was before functorch.
-        and not is_legacy_batchedtensor(upstream)
+        and not is_legacy_batched(upstream)
     )
 
 
-def is_transformed() -> bool:
-    """Whether something is at work that has to see the operations of which the loss is composed."""
-    return (
-        # torch.func: vmap, grad, jvp and all that is made of them. Their tensors look plain.
-        _are_functorch_transforms_active()
-        # torch.autograd.forward_ad: which tensors have a tangent is known to operations only.
-        or forward_ad._current_level >= 0
-        # torch.jit.trace would take what a kernel writes for a constant.
-        or _get_tracing_state() is not None
-    )
-
-
-def is_recorded() -> bool:
-    """Whether make_fx records what runs here, for itself rather than for torch.compile."""
-    is_traced = _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
-    is_compiled = _get_dispatch_mode(_TorchDispatchModeKey.FUNCTIONAL) is not None
-    return (is_traced and not is_compiled) or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
-
-
+@traced_as_constant
 def is_eager(device: torch.device) -> bool:
     """Whether eager PyTorch computes on this device."""
     return backend_on(device) is eager
-
-
-# What torch.compiler.assume_constant_result does: torch.compile asks these while it traces instead
-# of tracing them. To call it here would import all of torch.compile, and Triton with it.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-is_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
@@ -167,7 +119,6 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
             f"no kernel can be compiled for a tensor on {device}: set TRITON_INTERPRET=1 before "
             "Triton is first imported to run the kernel in Triton's interpreter"
         )
-    untraced(launch.forward)
     return launch, ""
 
 

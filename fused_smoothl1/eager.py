@@ -1,8 +1,8 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
-`forward`, `backward`, `rescale` and `refresh` keep the contract of `contract.Backend`, by few of
-PyTorch's own operations over whole tensors: it is their number that costs, in a small call and
-wherever other processes want the cores too.
+`forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, with few of
+PyTorch's own operations over whole tensors: their number is what costs, in a small call and wherever
+other processes want the cores too.
 """
 
 import math
@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_smoothl1.contract import Gradients, Needs, Problem, is_mask, sum_to_weights, transition
+from fused_smoothl1.hooks import smooth_l1, untraced
+from fused_smoothl1.problem import (
+    Gradients,
+    Needs,
+    Problem,
+    is_mask,
+    sum_to_weights,
+    transition,
+)
 
-# PyTorch's own loss and its gradient, and how they number the reductions.
-smooth_l1: Any = torch._C._nn.smooth_l1_loss
+# The gradient of PyTorch's own loss, and how it numbers the reductions.
 smooth_l1_gradient: Any = torch.ops.aten.smooth_l1_loss_backward.grad_input
 NONE, MEAN, SUM = 0, 1, 2
 # They square the difference, or multiply it by the upstream gradient, before they divide by beta.
@@ -46,28 +53,28 @@ def own_loss(problem: Problem) -> Tensor | None:
     None if there are weights, a normalizer or several dtypes, if its gradient would have another
     memory format than the input, or if it is so large that the gradient is better made with it.
     """
-    input, target, inside, outside, divisor, beta, reduce, dtype, *_ = problem
-    if isinstance(inside, Tensor) or isinstance(outside, Tensor) or isinstance(divisor, Tensor):
+    input, target, inside, outside, divisor, beta_tensor, *_ = problem
+    if not (inside is outside is divisor is beta_tensor is None):
         return None
     # (The strides of dimensions of size 1 may be anything.)
     if 1 in input.shape and input.stride() != torch.empty(input.shape, device="meta").stride():
         return None
-    numel = input.numel()
+    numel, number, beta = input.numel(), problem.divisor_number, _exact_beta(problem)
     if not (
-        inside == outside == 1
-        and divisor in (1, numel)
-        and input.dtype == target.dtype == dtype
+        problem.inside_number == problem.outside_number == 1
+        and number in (1, numel)
+        and input.dtype == target.dtype == problem.compute_dtype
         and input.is_contiguous()
-        and beta != 0
-        and _is_exact(beta)
-        and 0 < numel < (LARGE if reduce else math.inf)
+        and beta
+        and 0 < numel < (LARGE if problem.reduce else math.inf)
     ):
         return None
-    reduction = (SUM if divisor == 1 else MEAN) if reduce else NONE
+    reduction = (SUM if number == 1 else MEAN) if problem.reduce else NONE
     loss: Tensor = smooth_l1(input, target, reduction, beta)
     return loss
 
 
+@untraced
 def forward(
     problem: Problem, needs: Needs, *, is_recorded: bool = False
 ) -> tuple[Tensor, Gradients]:
@@ -105,7 +112,7 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     return sum_to_weights(problem, (*gradients[:3], grad_outside))
 
 
-def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
+def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
     """Multiply what `forward` returned by the upstream gradient, in place."""
     if has_masks and not _is_known_to_be_finite(upstream):
         return None
@@ -117,23 +124,24 @@ def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> 
     return gradients
 
 
-def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
     """Return what `backward` does."""
     return backward(problem, upstream, needs)
 
 
 def _transition(problem: Problem) -> tuple[Any, Any]:
     """Return beta and 1 / beta; a tensor is kept from 0, which nothing can be divided by."""
-    beta = problem.beta
-    if isinstance(beta, Tensor):
-        beta = beta.clamp(min=torch.finfo(problem.compute_dtype).tiny)
-        return beta, beta.reciprocal()
-    return transition(problem)
+    if problem.beta is None:
+        return transition(problem)
+    beta = problem.beta.clamp(min=torch.finfo(problem.compute_dtype).tiny)
+    return beta, beta.reciprocal()
 
 
-def _is_exact(beta: Tensor | float) -> bool:
-    """Whether PyTorch's own loss keeps the contract for this beta."""
-    return not isinstance(beta, Tensor) and (beta == 0 or LEAST_BETA <= beta <= MOST_BETA)
+def _exact_beta(problem: Problem) -> float | None:
+    """Return beta if PyTorch's own loss keeps the contract for it, else None."""
+    beta, _ = transition(problem)
+    is_exact = problem.beta is None and (beta == 0 or LEAST_BETA <= beta <= MOST_BETA)
+    return beta if is_exact else None
 
 
 def _few_rows(problem: Problem) -> Tensor | None:
@@ -143,7 +151,7 @@ def _few_rows(problem: Problem) -> Tensor | None:
         return None
     mask = problem.inside if is_mask(problem.inside) else problem.outside
     shape = (len(input), *[1] * (input.dim() - 1))
-    if not isinstance(mask, Tensor) or mask.shape != shape:
+    if mask is None or mask.shape != shape:
         return None
     if not 0 < int(mask.count_nonzero()) <= FEW * len(input):
         return None
@@ -157,16 +165,14 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
     """
     input = problem.input
 
-    def gathered(operand: Tensor | float, rows: Tensor) -> Any:
-        if not isinstance(operand, Tensor):
-            return operand
-        return operand.expand_as(input).index_select(0, rows)
-
     grad_input = torch.zeros_like(input) if needs[0] else None
     grad_target = torch.zeros_like(input, dtype=problem.target.dtype) if needs[1] else None
     losses: list[Tensor] = []
     for some in rows.split(max(ALONE * len(input) // input.numel(), 1)):
-        operands = (gathered(operand, some) for operand in problem[:4])
+        operands: Any = (
+            None if operand is None else operand.expand_as(input).index_select(0, some)
+            for operand in problem[:4]
+        )
         loss, gradients = forward(Problem._make((*operands, *problem[4:])), needs)
         losses.append(loss)
         for whole, part in zip((grad_input, grad_target), gradients[:2], strict=True):
@@ -178,18 +184,21 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
 def _terms(problem: Problem) -> Terms:
     factors: list[Tensor | None] = []
     masks: Masks = []
-    for weights in (problem.inside, problem.outside):
+    for weights, number in (
+        (problem.inside, problem.inside_number),
+        (problem.outside, problem.outside_number),
+    ):
         if is_mask(weights):
             masks.append(weights if weights.dtype == torch.bool else weights != 0)
             factors.append(None)
-        elif isinstance(weights, Tensor):
-            factors.append(weights)
+        elif weights is None and number != 1:
+            factors.append(_number(problem, number))
         else:
-            factors.append(None if weights == 1 else _number(problem, weights))
+            factors.append(weights)
     inside, outside = factors
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
     is_bare = inside is outside is None and not masks and left.dtype == right.dtype == dtype
-    if not (is_bare and problem.beta != 0 and _is_exact(problem.beta)):
+    if not (is_bare and _exact_beta(problem)):
         left, right = _difference(problem), _number(problem, 0.0)
         if inside is not None:
             left.mul_(inside)
@@ -222,10 +231,11 @@ def _losses(
     problem: Problem, left: Tensor, right: Tensor, factor: Tensor | None, masks: Masks
 ) -> Tensor:
     """Return the losses of the elements, each times the factor; what is not selected has 0."""
-    losses, (beta, inverse_beta) = torch.empty_like(left), _transition(problem)
-    if _is_exact(beta):
-        smooth_l1(left, right, NONE, beta, out=losses)
+    losses, exact_beta = torch.empty_like(left), _exact_beta(problem)
+    if exact_beta is not None:
+        smooth_l1(left, right, NONE, exact_beta, out=losses)
     else:  # The slope times (x - clamp(x) / 2), where nothing is squared.
+        beta, inverse_beta = _transition(problem)
         slopes = (left * inverse_beta).clamp_(-1, 1)
         torch.clamp(left, -beta, beta, out=losses).mul_(-0.5).add_(left).mul_(slopes)
     if factor is not None:
@@ -236,10 +246,10 @@ def _losses(
 
 def _scale(problem: Problem) -> Tensor | None:
     """Return what the sum is multiplied by, or None for 1."""
-    divisor = problem.divisor
-    if isinstance(divisor, Tensor):
-        return _converted(divisor, problem.compute_dtype).reciprocal()
-    return None if divisor == 1 else _number(problem, 1.0 / divisor)
+    if problem.divisor is not None:
+        return _converted(problem.divisor, problem.compute_dtype).reciprocal()
+    number = problem.divisor_number
+    return None if number == 1 else _number(problem, 1.0 / number)
 
 
 def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: Needs) -> Gradients:
@@ -255,10 +265,10 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
         factor = _number(problem, 1.0) if upstream is None else upstream
         smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
     else:
-        if not isinstance(beta, Tensor) and beta == 0:  # The least number above 0 becomes 1.
+        if problem.beta is None and beta == 0:  # The least number above 0 becomes 1.
             left.div_(torch.finfo(left.dtype).tiny)
             inverse_beta = 1 / torch.finfo(left.dtype).eps
-        if isinstance(beta, Tensor) or beta != 1:
+        if problem.beta is not None or beta != 1:
             left.mul_(inverse_beta)
         gradient = left.clamp_(-1, 1)
         for weights in (upstream, outside):

@@ -1,6 +1,8 @@
 """The function: its signature, its documentation, and the checks of its arguments."""
 
 import math
+import sys
+from importlib import import_module
 from numbers import Real
 from typing import Any, cast
 
@@ -11,15 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_smoothl1 import eager, ops
 from fused_smoothl1.autograd import apply
-from fused_smoothl1.contract import (
-    FLOAT_DTYPES,
-    MASK_DTYPES,
-    NOTHING,
-    SYMBOLS,
-    make_problem,
-    may_hold,
-)
 from fused_smoothl1.dispatch import backend_for, is_plain
+from fused_smoothl1.hooks import SYMBOLS, may_hold, traced_as_constant
+from fused_smoothl1.problem import FLOAT_DTYPES, MASK_DTYPES, NOTHING, make_problem
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -114,12 +110,12 @@ def smooth_l1_loss(
         ... )
         >>> loss.backward()
     """
-    given = (input, target, inside_weights, outside_weights, normalizer)
+    tensors = (input, target, inside_weights, outside_weights, normalizer)
     # As PyTorch's own functions: torch.fx records this call, and subclasses may have it their way.
-    if has_torch_function(given):
+    if has_torch_function(tensors):
         options: Any = {"sigma": sigma, "beta": beta, "reduction": reduction}
         options["normalizer"] = normalizer
-        return handle_torch_function(smooth_l1_loss, given, *given[:4], **options)
+        return handle_torch_function(smooth_l1_loss, tensors, *tensors[:4], **options)
     _check_tensor("input", input, FLOAT_DTYPES)
     _check_tensor("target", target, FLOAT_DTYPES, input)
     if not _has_shape(target, input.shape):
@@ -127,13 +123,16 @@ def smooth_l1_loss(
             f"target must have input's shape, got target of shape {tuple(target.shape)} "
             f"and input of shape {tuple(input.shape)}"
         )
-    inside = _checked_weights("inside_weights", inside_weights, input)
-    outside = _checked_weights("outside_weights", outside_weights, input)
-    divisor = _checked_divisor(reduction, normalizer, input)
-    operands = (input, target, inside, outside, divisor)
-    plain = is_plain(operands)
-    problem = make_problem(*operands, *_checked_transition(sigma, beta), reduction != "none", plain)
-    if not plain:
+    inside, inside_number = _weights("inside_weights", inside_weights, input)
+    outside, outside_number = _weights("outside_weights", outside_weights, input)
+    divisor, divisor_number = _divisor(reduction, normalizer, input)
+    problem = make_problem(
+        *(input, target, inside, outside, divisor, None),
+        *(inside_number, outside_number, divisor_number, _transition(sigma, beta)),
+        reduction != "none",
+    )
+    if not is_plain(problem):
+        _load_sharding()
         return ops.smooth_l1(problem)
     backend = backend_for(input)
     if backend is eager:
@@ -141,13 +140,21 @@ def smooth_l1_loss(
         if own is not None:
             return own
     if torch.is_grad_enabled():
-        return apply(input, target, inside, outside, problem, backend)
+        loss: Tensor = apply(input, target, inside, outside, problem, backend)
+        return loss
     return backend.forward(problem, NOTHING)[0]
+
+
+@traced_as_constant
+def _load_sharding() -> None:
+    """Tell DTensor how to shard the operators, if it is in use: importing it takes a second."""
+    if "torch.distributed.tensor" in sys.modules:
+        import_module("fused_smoothl1.sharding")
 
 
 def check_options(sigma: float | None, beta: float | None, reduction: str) -> None:
     """Raise what `smooth_l1_loss` would raise for these options."""
-    _checked_transition(sigma, beta)
+    _transition(sigma, beta)
     _check_reduction(reduction)
 
 
@@ -178,15 +185,16 @@ def _check_tensor(
         )
 
 
-def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
+def _weights(name: str, weights: Any, input: Tensor) -> tuple[Tensor | None, float]:
+    """Return the weights as a tensor, or None and as a number."""
     if weights is None:
-        return 1.0
+        return None, 1.0
     if not isinstance(weights, Tensor):
         if isinstance(weights, bool):
             # A mask as well, of all elements or of none.
-            return torch.full((), weights, device=input.device)
+            return torch.full((), weights, device=input.device), 1.0
         if isinstance(weights, (Real, *SYMBOLS)):
-            return _number(name, weights)
+            return None, _number(name, weights)
         raise TypeError(
             f"{name} must be a real number or a torch.Tensor, got {_kind(weights)}"
             + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
@@ -198,7 +206,7 @@ def _checked_weights(name: str, weights: Any, input: Tensor) -> Tensor | float:
             f"{name} must broadcast to input's shape {full}, got shape {shape}"
             + (f"; for one weight a row pass {name}[:, None]" if shape == full[:1] else "")
         )
-    return weights
+    return weights, 1.0
 
 
 def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
@@ -211,7 +219,7 @@ def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     if not is_dynamo_compiling() and type(math.prod((*shape, *to))) is int and shape == to:
         return True  # As often, and a tracer has put no symbol in the place of a size.
-    # Lengths first: a comparison of sizes is a condition on them where they are symbolic.
+    # Lengths first: comparing symbolic sizes adds guards.
     if len(shape) > len(to):
         return False
     for i in range(-len(shape), 0):
@@ -228,10 +236,8 @@ def _equal(size: int, other: int) -> bool:
     return equal
 
 
-def _checked_transition(
-    sigma: float | None, beta: float | None
-) -> tuple[float | None, float | None]:
-    """Return sigma or beta, and None in the place of the other."""
+def _transition(sigma: float | None, beta: float | None) -> float:
+    """Return beta as a number."""
     if sigma is not None and beta is not None:
         raise ValueError(
             f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}: "
@@ -241,13 +247,13 @@ def _checked_transition(
         root = _number("sigma", sigma)
         if not may_hold(root > 0):
             raise ValueError(f"sigma must be in (0, inf], got {sigma}")
-        return root, None
+        return 1.0 / root / root
     if beta is not None:
-        chosen = _number("beta", beta)
-        if not (may_hold(chosen >= 0) and may_hold(chosen < math.inf)):
+        number = _number("beta", beta)
+        if not (may_hold(number >= 0) and may_hold(number < math.inf)):
             raise ValueError(f"beta must be in [0, inf), got {beta}")
-        return None, chosen
-    return None, 1.0
+        return number
+    return 1.0
 
 
 def _number(name: str, value: Any, otherwise: str = "") -> float:
@@ -276,26 +282,27 @@ def _check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {allowed}, got {reduction!r}")
 
 
-def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor | float:
+def _divisor(reduction: str, normalizer: Any, input: Tensor) -> tuple[Tensor | None, float]:
+    """Return what the sum is divided by as a tensor, or None and as a number."""
     _check_reduction(reduction)
     if normalizer is None:
         if reduction == "mean":
             return _at_least_one(math.prod(input.shape))
         if reduction == "batchmean" and input.dim() > 0:
             return _at_least_one(input.shape[0])
-        return 1.0
+        return None, 1.0
     if reduction != "sum":
         raise ValueError(
             f'normalizer is allowed only with reduction="sum", got reduction={reduction!r}'
         )
     if not isinstance(normalizer, Tensor):
-        chosen = _number("normalizer", normalizer, " or a torch.Tensor without dimensions")
-        if not (may_hold(chosen > 0) and may_hold(chosen < math.inf)):
+        number = _number("normalizer", normalizer, " or a torch.Tensor without dimensions")
+        if not (may_hold(number > 0) and may_hold(number < math.inf)):
             raise ValueError(
                 f"normalizer must be a finite number above 0, got {normalizer}: "
                 "max(n, 1) serves for a count that may be 0"
             )
-        return chosen
+        return None, number
     if normalizer.dim() != 0:
         raise ValueError(
             "normalizer must be a number or a tensor without dimensions, "
@@ -306,9 +313,9 @@ def _checked_divisor(reduction: str, normalizer: Any, input: Tensor) -> Tensor |
         raise ValueError(
             "normalizer gets no gradient, got one that requires grad: pass normalizer.detach()"
         )
-    return normalizer
+    return normalizer, 1.0
 
 
-def _at_least_one(count: Any) -> Tensor | int:
+def _at_least_one(size: Any) -> tuple[Tensor | None, float]:
     # torch.jit.trace has tensors for sizes, and would record the 1 for all of them.
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return (size.clamp(min=1), 1.0) if isinstance(size, Tensor) else (None, max(size, 1))

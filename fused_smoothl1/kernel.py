@@ -22,6 +22,12 @@ next launch on the stream.
 import triton
 import triton.language as tl
 
+# Where each operand stands in the kernel's tuples; the gradients are those of the first four.
+INPUT = tl.constexpr(0)
+TARGET = tl.constexpr(1)
+INSIDE = tl.constexpr(2)
+OUTSIDE = tl.constexpr(3)
+UPSTREAM = tl.constexpr(4)
 # How many partial sums the last program adds at a time.
 PARTIALS = tl.constexpr(1024)
 
@@ -36,16 +42,16 @@ def _clamp(x, bound):
 
 
 @triton.jit
-def _share(normalizer_ptr, inverse_divisor):
+def _scale(divisor_ptr, scale):
     """Return what the sum is multiplied by, in float64.
 
     It is computed where it is used: kept through a loop, it would be spilled. (Past the first-level
     cache only because all that is read after the ticket is, which the tests look for.)
     """
-    if normalizer_ptr is None:
-        return tl.full((), inverse_divisor, tl.float64)
+    if divisor_ptr is None:
+        return tl.full((), scale, tl.float64)
     else:
-        return 1 / tl.load(normalizer_ptr, cache_modifier=".cg").to(tl.float64)
+        return 1 / tl.load(divisor_ptr, cache_modifier=".cg").to(tl.float64)
 
 
 @triton.jit
@@ -87,83 +93,107 @@ def _offset(index, sizes, strides, STEP: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, ACCESS: tl.constexpr, strides, sizes, group, lane, mask, ALIGNED: tl.constexpr):
+def _load(
+    operands,
+    strides,
+    ACCESS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    sizes,
+    group,
+    lane,
+    mask,
+    ALIGNED: tl.constexpr,
+):
     """Load one operand's tile, or the smaller tile that broadcasts to it.
 
-    ptr:     the operand's first element
-    ACCESS:  "scalar" one element for all; "flat" dense in the order of iteration; "row" one element
-             a group; "vector" groups contiguous and aligned; "strided" anything else
-    strides: one a collapsed dimension, in elements; None for "scalar" and "flat"
-    sizes:   the collapsed dimensions, the innermost in groups where ALIGNED; None where no operand
-             needs them
+    operands, strides, ACCESS, sizes, ALIGNED: as in `smooth_l1_kernel`
+    OPERAND: which of the operands
     group:   [GROUPS, 1] index of each group's first element
     lane:    [1, LANES] position in the group
     mask:    [GROUPS, 1] or [GROUPS, LANES] which elements to load; the others are 0
-    ALIGNED: no group crosses the end of the innermost dimension
     """
     LANES: tl.constexpr = lane.shape[1]
-    if ACCESS == "scalar":
+    ptr = operands[OPERAND]
+    if ACCESS[OPERAND] == "scalar":
         return tl.load(ptr)
-    elif ACCESS == "flat":
+    elif ACCESS[OPERAND] == "flat":
         return tl.load(ptr + (group + lane), mask=mask, other=0)
-    elif ACCESS == "row":
-        offset = _offset(group // LANES, sizes, strides, LANES)
+    elif ACCESS[OPERAND] == "row":
+        offset = _offset(group // LANES, sizes, strides[OPERAND], LANES)
         any_lane = tl.max(mask.to(tl.int32), 1, keep_dims=True) != 0
         return tl.load(ptr + offset, mask=any_lane, other=0)
     else:
         if ALIGNED:
-            offset = _offset(group // LANES, sizes, strides, LANES)
-            offset += lane * strides[len(sizes) - 1]
+            offset = _offset(group // LANES, sizes, strides[OPERAND], LANES)
+            offset += lane * strides[OPERAND][len(sizes) - 1]
         else:
-            offset = _offset(group + lane, sizes, strides, 1)
-        if ACCESS == "vector":
+            offset = _offset(group + lane, sizes, strides[OPERAND], 1)
+        if ACCESS[OPERAND] == "vector":
             offset = tl.max_contiguous(tl.multiple_of(offset, (1, LANES)), (1, LANES))
         return tl.load(ptr + offset, mask=mask, other=0)
 
 
 @triton.jit
-def _store(pointers, values, mask):
-    """Store values, rounded once to float32 on the way from float64 to 16 bits, as PyTorch does."""
-    if values.dtype == tl.float64 and pointers.dtype.element_ty.primitive_bitwidth == 16:
-        values = values.to(tl.float32)
-    tl.store(pointers, values, mask=mask)
+def _weight(
+    operands,
+    strides,
+    ACCESS: tl.constexpr,
+    MASKS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    number,
+    sizes,
+    group,
+    lane,
+    within,
+    ALIGNED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Return what a weight multiplies by, and which of the elements within bounds it selects.
+
+    number: what it multiplies by if its operand is absent; the other arguments as in `_load`
+    """
+    if ACCESS[OPERAND] is None:
+        return tl.full((), number, COMPUTE), within
+    else:
+        weight = _load(operands, strides, ACCESS, OPERAND, sizes, group, lane, within, ALIGNED)
+        if MASKS[OPERAND]:
+            return tl.full((), 1, COMPUTE), within & (weight != 0)
+        else:
+            return weight.to(COMPUTE), within
+
+
+@triton.jit
+def _store(ptr, index, values, selected, within):
+    """Store values, or 0 where not selected; nothing if the pointer is None.
+
+    From float64 to 16 bits they are rounded to float32 on the way, as PyTorch does.
+    """
+    if ptr is not None:
+        values = tl.where(selected, values, 0.0)
+        if values.dtype == tl.float64 and ptr.dtype.element_ty.primitive_bitwidth == 16:
+            values = values.to(tl.float32)
+        tl.store(ptr + index, values, mask=within)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def smooth_l1_kernel(
-    input_ptr,
-    target_ptr,
-    inside_ptr,
-    outside_ptr,
-    upstream_ptr,
-    normalizer_ptr,
+    operands,
+    divisor_ptr,
     beta_ptr,
     loss_ptr,
-    grad_input_ptr,
-    grad_target_ptr,
-    grad_inside_ptr,
-    grad_outside_ptr,
+    gradients,
     partials_ptr,
     ticket_ptr,
     sizes,
-    input_strides,
-    target_strides,
-    inside_strides,
-    outside_strides,
-    upstream_strides,
+    strides,
     numel,
     beta: tl.float64,
     inverse_beta: tl.float64,
-    inverse_divisor: tl.float64,
+    scale: tl.float64,
     inside_number: tl.float64,
     outside_number: tl.float64,
-    INPUT: tl.constexpr,
-    TARGET: tl.constexpr,
-    INSIDE: tl.constexpr,
-    OUTSIDE: tl.constexpr,
-    UPSTREAM: tl.constexpr,
-    INSIDE_IS_MASK: tl.constexpr,
-    OUTSIDE_IS_MASK: tl.constexpr,
+    ACCESS: tl.constexpr,
+    MASKS: tl.constexpr,
     REDUCE: tl.constexpr,
     UNLESS_ONE: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -177,33 +207,35 @@ def smooth_l1_kernel(
     Elements are numbered in the order in which the outputs lie in memory. What is None is absent,
     and the code for it is not compiled.
 
-    input_ptr, target_ptr:  any float dtype, of the input's shape through their strides
-    inside_ptr, outside_ptr: any real dtype, broadcast through strides of 0; None: the number counts
-    upstream_ptr:           gradient of the loss, broadcast likewise; None: 1
-    normalizer_ptr:         any real dtype, one element, divides; None: `inverse_divisor` counts
-    beta_ptr:               any float dtype, one element, in [0, inf); None: `beta` counts
-    loss_ptr:               REDUCE: one element; otherwise [numel]; None: not wanted
-    grad_input_ptr, grad_target_ptr, grad_inside_ptr, grad_outside_ptr:
-                            [numel] each, any float dtype; None: not wanted
-    partials_ptr:           float64 [programs], workspace; None: one program only
-    ticket_ptr:             int32, one element, 0 before and after; None: one program only
-    sizes:                  collapsed dimensions, outermost first, the innermost in groups of lanes
-                            where ALIGNED; None: no operand needs them
-    *_strides:              of the operand of that name, in elements, one a size; None: not needed
-    numel:                  elements of the input
-    beta, inverse_beta:     where the quadratic part ends, in [0, inf), and 1 / beta
-    inverse_divisor:        what the sum is multiplied by
-    inside_number, outside_number: the weights where their pointers are None
-    INPUT, TARGET, INSIDE, OUTSIDE, UPSTREAM: how each is accessed (see `_load`); None: absent
-    INSIDE_IS_MASK, OUTSIDE_IS_MASK: the weight selects (nonzero) instead of multiplying
-    REDUCE:                 the loss is the sum over all elements
-    UNLESS_ONE:             write nothing if the upstream gradient is 1
-    COMPUTE:                float32 or float64, the dtype of all arithmetic
-    INDEX:                  int32, or int64 where an offset needs it
-    ALIGNED:                no group of lanes crosses the end of the innermost dimension, and so
-                            none that of the whole
-    LANES:                  elements in a group, a power of two
-    BLOCK:                  elements in a tile, a power of two
+    operands:      pointers in the order INPUT, TARGET, INSIDE, OUTSIDE, UPSTREAM: input and target
+                   of any float dtype and of the input's shape; weights of any real dtype and the
+                   upstream gradient of any float dtype, that broadcast to it by strides of 0.
+                   Without weights their numbers count, without an upstream gradient 1
+    gradients:     pointers in the same order, [numel] each, any float dtype; None: not wanted
+    loss_ptr:      any float dtype; REDUCE: one element, otherwise [numel]; None: not wanted
+    divisor_ptr:   any real dtype, one element; None: `scale` counts
+    beta_ptr:      any float dtype, one element, in [0, inf); None: `beta` counts
+    partials_ptr:  float64 [programs], workspace; None: one program only
+    ticket_ptr:    int32, one element, 0 before and after; None: one program only
+    sizes:         collapsed dimensions, outermost first, the innermost in groups of lanes where
+                   ALIGNED; None: no operand needs them
+    strides:       of each operand, in elements, one a size; None: not needed
+    numel:         elements of the input
+    inside_number, outside_number: the weights where there are no operands for them
+    scale:         what the sum is multiplied by, 1 / divisor
+    beta, inverse_beta: where the quadratic part ends, in [0, inf), and 1 / beta
+    ACCESS:        how to reach each operand: "scalar" one element for all; "flat" dense in the
+                   order of iteration; "row" one element a group; "vector" groups contiguous and
+                   aligned; "strided" anything else; None: absent
+    MASKS:         whether each operand selects (nonzero) instead of multiplying
+    REDUCE:        the loss is the sum over all elements
+    UNLESS_ONE:    write nothing if the upstream gradient is 1
+    COMPUTE:       float32 or float64, the dtype of all arithmetic
+    INDEX:         int32, or int64 where an offset needs it
+    ALIGNED:       no group of lanes crosses the end of the innermost dimension, and so none that of
+                   the whole
+    LANES:         elements in a group, a power of two
+    BLOCK:         elements in a tile, a power of two
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -211,16 +243,16 @@ def smooth_l1_kernel(
         beta = tl.full((), beta, COMPUTE)
         inverse_beta = tl.full((), inverse_beta, COMPUTE)
     else:
-        given = tl.load(beta_ptr).to(tl.float64)
-        beta = given.to(COMPUTE)
-        inverse_beta = (1 / given).to(COMPUTE)
+        exact = tl.load(beta_ptr).to(tl.float64)
+        beta = exact.to(COMPUTE)
+        inverse_beta = (1 / exact).to(COMPUTE)
     one = tl.full((), 1, COMPUTE)
     upstream = one
-    if UPSTREAM == "scalar":
-        upstream = tl.load(upstream_ptr).to(COMPUTE)
+    if ACCESS[UPSTREAM] == "scalar":
+        upstream = tl.load(operands[UPSTREAM]).to(COMPUTE)
     if UNLESS_ONE:
         numel = tl.where(upstream == 1, 0, numel)
-    scale = upstream * _share(normalizer_ptr, inverse_divisor).to(COMPUTE)
+    common_scale = upstream * _scale(divisor_ptr, scale).to(COMPUTE)
 
     lane = tl.arange(0, LANES)[None, :]
     first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
@@ -236,36 +268,24 @@ def smooth_l1_kernel(
                 within = group < numel
             else:
                 within = group + lane < numel
-            selected = within
-            inside = tl.full((), inside_number, COMPUTE)
-            outside = tl.full((), outside_number, COMPUTE)
-            if INSIDE is not None:
-                inside = _load(
-                    inside_ptr, INSIDE, inside_strides, sizes, group, lane, within, ALIGNED
-                )
-                if INSIDE_IS_MASK:
-                    selected = selected & (inside != 0)
-                    inside = one
-                else:
-                    inside = inside.to(COMPUTE)
-            if OUTSIDE is not None:
-                outside = _load(
-                    outside_ptr, OUTSIDE, outside_strides, sizes, group, lane, within, ALIGNED
-                )
-                if OUTSIDE_IS_MASK:
-                    selected = selected & (outside != 0)
-                    outside = one
-                else:
-                    outside = outside.to(COMPUTE)
+            inside, selected_inside = _weight(
+                *(operands, strides, ACCESS, MASKS, INSIDE, inside_number),
+                *(sizes, group, lane, within, ALIGNED, COMPUTE),
+            )
+            outside, selected_outside = _weight(
+                *(operands, strides, ACCESS, MASKS, OUTSIDE, outside_number),
+                *(sizes, group, lane, within, ALIGNED, COMPUTE),
+            )
+            selected = selected_inside & selected_outside
 
             # A group is loaded if any of it is selected: a mask of single elements would split
             # the wide accesses.
             wanted = within
-            if INSIDE_IS_MASK or OUTSIDE_IS_MASK:
+            if MASKS[INSIDE] or MASKS[OUTSIDE]:
                 wanted = within & (tl.max(selected.to(tl.int32), 1, keep_dims=True) != 0)
 
-            input = _load(input_ptr, INPUT, input_strides, sizes, group, lane, wanted, ALIGNED)
-            target = _load(target_ptr, TARGET, target_strides, sizes, group, lane, wanted, ALIGNED)
+            input = _load(operands, strides, ACCESS, INPUT, sizes, group, lane, wanted, ALIGNED)
+            target = _load(operands, strides, ACCESS, TARGET, sizes, group, lane, wanted, ALIGNED)
             difference = input.to(COMPUTE) - target.to(COMPUTE)
             x = inside * difference
 
@@ -273,37 +293,28 @@ def smooth_l1_kernel(
             slope = tl.where(x == 0, 0.0, _clamp(x * inverse_beta, one))
             loss = slope * (x - 0.5 * _clamp(x, beta))
 
-            factor = scale
-            if UPSTREAM is not None and UPSTREAM != "scalar":
-                factor = _load(
-                    upstream_ptr, UPSTREAM, upstream_strides, sizes, group, lane, wanted, ALIGNED
+            if ACCESS[UPSTREAM] is None or ACCESS[UPSTREAM] == "scalar":
+                own_scale = common_scale
+            else:
+                own_scale = _load(
+                    operands, strides, ACCESS, UPSTREAM, sizes, group, lane, wanted, ALIGNED
                 ).to(COMPUTE)
-            grad_x = slope * outside * factor
+            grad_x = slope * outside * own_scale
 
             index = group + lane
-            if grad_input_ptr is not None:
-                gradient = tl.where(selected, grad_x * inside, 0.0)
-                _store(grad_input_ptr + index, gradient, within)
-            if grad_target_ptr is not None:
-                gradient = tl.where(selected, -(grad_x * inside), 0.0)
-                _store(grad_target_ptr + index, gradient, within)
-            if grad_inside_ptr is not None:
-                gradient = tl.where(selected, grad_x * difference, 0.0)
-                _store(grad_inside_ptr + index, gradient, within)
-            if grad_outside_ptr is not None:
-                gradient = tl.where(selected, factor * loss, 0.0)
-                _store(grad_outside_ptr + index, gradient, within)
-            if loss_ptr is not None:
-                weighted = tl.where(selected, outside * loss, 0.0)
-                if REDUCE:
-                    total += weighted
-                else:
-                    _store(loss_ptr + index, weighted, within)
+            _store(gradients[INPUT], index, grad_x * inside, selected, within)
+            _store(gradients[TARGET], index, -(grad_x * inside), selected, within)
+            _store(gradients[INSIDE], index, grad_x * difference, selected, within)
+            _store(gradients[OUTSIDE], index, own_scale * loss, selected, within)
+            if REDUCE:
+                total += tl.where(selected, outside * loss, 0.0)
+            else:
+                _store(loss_ptr, index, outside * loss, selected, within)
 
     if REDUCE:
         partial = tl.sum(tl.sum(total, 1), 0).to(tl.float64)
         if ticket_ptr is None:
-            tl.store(loss_ptr, partial * _share(normalizer_ptr, inverse_divisor))
+            tl.store(loss_ptr, partial * _scale(divisor_ptr, scale))
         else:
             tl.store(partials_ptr + program, partial)
             tl.debug_barrier()
@@ -318,14 +329,13 @@ def smooth_l1_kernel(
                         other=0,
                         cache_modifier=".cg",
                     )
-                tl.store(loss_ptr, tl.sum(sums, 0) * _share(normalizer_ptr, inverse_divisor))
+                tl.store(loss_ptr, tl.sum(sums, 0) * _scale(divisor_ptr, scale))
                 tl.store(ticket_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["numel"])
-def rescale_kernel(
-    grad_input_ptr,
-    grad_target_ptr,
+def scale_kernel(
+    gradients,
     upstream_ptr,
     numel,
     COMPUTE: tl.constexpr,
@@ -334,23 +344,22 @@ def rescale_kernel(
 ):
     """Multiply gradients in place by the upstream gradient; touch nothing if that is 1.
 
-    grad_input_ptr, grad_target_ptr: [numel] each, any float dtype; None: absent
+    gradients:    pointers, [numel] each, any float dtype; None: absent
     upstream_ptr: float32 or float64, one element
     numel:        elements of each gradient
     COMPUTE:      float32 or float64, the dtype of the product
     INDEX:        int32, or int64 where an offset needs it
     BLOCK:        elements in a tile, a power of two
     """
-    factor = tl.load(upstream_ptr).to(COMPUTE)
-    numel = tl.where(factor == 1, 0, numel)
+    upstream = tl.load(upstream_ptr).to(COMPUTE)
+    numel = tl.where(upstream == 1, 0, numel)
     for TAIL in tl.static_range(2):
         start, stop = _blocks(numel, BLOCK, TAIL)
         for block in range(start, stop, tl.num_programs(0)):
             index = tl.cast(block, INDEX) * BLOCK + tl.arange(0, BLOCK)
             within = index < numel if TAIL else tl.full([BLOCK], True, tl.int1)
-            if grad_input_ptr is not None:
-                gradient = tl.load(grad_input_ptr + index, mask=within)
-                _store(grad_input_ptr + index, gradient.to(COMPUTE) * factor, within)
-            if grad_target_ptr is not None:
-                gradient = tl.load(grad_target_ptr + index, mask=within)
-                _store(grad_target_ptr + index, gradient.to(COMPUTE) * factor, within)
+            for OPERAND in tl.static_range(len(gradients)):
+                ptr = gradients[OPERAND]
+                if ptr is not None:
+                    gradient = tl.load(ptr + index, mask=within)
+                    _store(ptr, index, gradient.to(COMPUTE) * upstream, True, within)

@@ -10,22 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_smoothl1.contract import (
-    Gradients,
-    Needs,
-    Problem,
-    full_size_gradients,
-    is_mask,
-    sum_to_weights,
-    transition,
-)
-from fused_smoothl1.kernel import rescale_kernel, smooth_l1_kernel
+from fused_smoothl1.hooks import has_no_memory, untraced
+from fused_smoothl1.kernel import scale_kernel, smooth_l1_kernel
 from fused_smoothl1.layout import (
     Ints,
     broadcast_strides,
     collapse,
     contiguous_strides,
     extent,
+)
+from fused_smoothl1.problem import (
+    Gradients,
+    Needs,
+    Problem,
+    empty_gradients,
+    empty_loss,
+    is_mask,
+    sum_to_weights,
+    transition,
 )
 
 INTERPRETED = not isinstance(smooth_l1_kernel, triton.JITFunction)
@@ -45,46 +47,36 @@ INT32_MAX = 2**31 - 1
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-class Access(NamedTuple):
-    """How the kernel reaches one operand (see `kernel._load`)."""
-
-    kind: str | None
-    strides: Ints | None
-
-
 class Plan(NamedTuple):
-    """How the kernel walks through its operands."""
+    """How the kernel walks through its operands: arguments of `kernel.smooth_l1_kernel`."""
 
     sizes: Ints | None
-    accesses: tuple[Access, ...]
+    strides: tuple[Ints | None, ...]
+    access: tuple[str | None, ...]
     aligned: bool
     lanes: int
     block: int
     is_long: bool
 
 
+@untraced
 def forward(
     problem: Problem, needs: Needs, *, is_recorded: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1, in one launch."""
-    input = problem.input
-    gradients = full_size_gradients(problem, needs)
-    if problem.reduce:
-        loss = input.new_empty((), dtype=problem.loss_dtype)
-    else:
-        loss = torch.empty_like(input, dtype=problem.loss_dtype)
+    loss, gradients = empty_loss(problem), empty_gradients(problem, needs)
     _launch(problem, None, loss, gradients, is_recorded=is_recorded)
     return loss, gradients
 
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient, in one launch."""
-    gradients = full_size_gradients(problem, needs)
+    gradients = empty_gradients(problem, needs)
     _launch(problem, upstream, None, gradients)
     return sum_to_weights(problem, gradients)
 
 
-def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
+def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
     """Multiply what `forward` returned by the upstream gradient, in place and in one launch."""
     if has_masks:
         return None
@@ -96,9 +88,8 @@ def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> 
         return gradients
     block = TILE_BYTES // min(gradient.element_size() for gradient in (first, *others))
     with _device_of(first):
-        rescale_kernel[(_programs(first.device, numel, block),)](
-            gradients[0],
-            gradients[1],
+        scale_kernel[(_programs(first.device, numel, block),)](
+            gradients,
             _stored(upstream),
             numel,
             TRITON_DTYPES[upstream.dtype],
@@ -110,7 +101,7 @@ def rescale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> 
     return gradients
 
 
-def refresh(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
+def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
     """Compute the gradients anew, in place and in one launch, unless the upstream gradient is 1.
 
     What masks exclude is not even loaded, so this may be less work than a product.
@@ -128,18 +119,9 @@ def _launch(
     unless_one: bool = False,
     is_recorded: bool = False,
 ) -> None:
-    input, target, inside, outside, divisor, given_beta, *_ = problem
-    # (The kernel divides by itself where beta is on the device.)
-    beta, inverse_beta = (1.0, 1.0) if isinstance(given_beta, Tensor) else transition(problem)
-    operands = (
-        _stored(input),
-        _stored(target),
-        _stored(inside) if isinstance(inside, Tensor) else None,
-        _stored(outside) if isinstance(outside, Tensor) else None,
-        _stored(upstream) if upstream is not None else None,
-    )
-    elementwise_loss = None if problem.reduce else loss
-    outputs = [t for t in (elementwise_loss, *gradients) if t is not None]
+    input, target, inside, outside, divisor, beta, *_ = problem
+    operands = tuple(map(_stored, (input, target, inside, outside, upstream)))
+    outputs = [t for t in (None if problem.reduce else loss, *gradients) if t is not None]
     numel = input.numel()
     plan = _plan(
         tuple(input.shape),
@@ -155,27 +137,24 @@ def _launch(
             if reduces and programs > 1
             else (None, None)
         )
-        kinds = [access.kind for access in plan.accesses]
         try:
             smooth_l1_kernel[(programs,)](
-                *operands,
-                _stored(divisor) if isinstance(divisor, Tensor) else None,
-                given_beta if isinstance(given_beta, Tensor) else None,
+                operands,
+                _stored(divisor),
+                beta,
                 loss,
-                *gradients,
+                gradients,
                 partials,
                 ticket,
                 plan.sizes,
-                *(access.strides for access in plan.accesses),
+                plan.strides,
                 numel,
-                beta,
-                inverse_beta,
-                1.0 / divisor if not isinstance(divisor, Tensor) else 1.0,
-                inside if not isinstance(inside, Tensor) else 1.0,
-                outside if not isinstance(outside, Tensor) else 1.0,
-                *kinds,
-                is_mask(inside),
-                is_mask(outside),
+                *transition(problem),
+                1.0 / problem.divisor_number,
+                problem.inside_number,
+                problem.outside_number,
+                plan.access,
+                tuple(map(is_mask, operands)),
                 reduces,
                 unless_one,
                 TRITON_DTYPES[problem.compute_dtype],
@@ -205,16 +184,17 @@ def _plan(
     `itemsize` is the smallest of the dense operands', in bytes: it decides how many elements a
     wide access moves.
     """
-    present = [operand for operand in operands if operand is not None]
-    expanded = [broadcast_strides(*operand, shape) for operand in present]
+    expanded = [broadcast_strides(*o, shape) for o in operands if o is not None]
     sizes, (dense, *collapsed) = collapse(shape, (order, *expanded))
     dense = contiguous_strides(sizes)
-    walks = [strides for strides in collapsed if any(strides) and strides != dense]
+    numel = dense[0] * sizes[0]
+    longest = max(extent(sizes, strides) for strides in (dense, *collapsed))
 
     lanes = WIDEST_ACCESS // itemsize
     block = min(TILE_BYTES // itemsize, MOST_ELEMENTS)
     aligned = False
-    if walks:
+    has_walks = any(any(strides) and strides != dense for strides in collapsed)
+    if has_walks:
         fitting = lanes
         while sizes[-1] % fitting:
             fitting //= 2
@@ -222,27 +202,28 @@ def _plan(
         aligned = fitting * 2 >= lanes
         lanes = fitting if aligned else lanes
 
-    def access(strides: Ints) -> Access:
+    def access(strides: Ints | None) -> tuple[str | None, Ints | None]:
+        if strides is None:
+            return None, None
         if not any(strides):
-            return Access("scalar", None)
+            return "scalar", None
         if strides == dense:
-            return Access("flat", None)
+            return "flat", None
         if aligned and strides[-1] == 0:
-            return Access("row", strides)
+            return "row", strides
         if aligned and strides[-1] == 1 and not any(step % lanes for step in strides[:-1]):
-            return Access("vector", strides)
-        return Access("strided", strides)
+            return "vector", strides
+        return "strided", strides
 
-    found = iter(access(strides) for strides in collapsed)
-    absent = Access(None, None)
-    numel = contiguous_strides(sizes)[0] * sizes[0]
-    longest = max(extent(sizes, strides) for strides in (dense, *collapsed))
+    walks = iter(collapsed)
+    accesses = [access(None if operand is None else next(walks)) for operand in operands]
     if aligned:
         # Rows of one group, as boxes are, make this 1: Triton then compiles no division by it.
         sizes = (*sizes[:-1], sizes[-1] // lanes)
     return Plan(
-        sizes=sizes if walks else None,
-        accesses=tuple(absent if operand is None else next(found) for operand in operands),
+        sizes=sizes if has_walks else None,
+        strides=tuple(strides for _, strides in accesses),
+        access=tuple(kind for kind, _ in accesses),
         aligned=aligned,
         lanes=lanes,
         block=block,
@@ -324,12 +305,11 @@ def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]
     )
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    """Return the tensor with its values in memory, where views of complex ones may be negated.
-
-    An upstream gradient of zeros may even have no memory.
-    """
-    return torch.zeros_like(tensor) if tensor._is_zerotensor() else tensor.resolve_neg()
+def _stored(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor with its values in memory, where views of complex ones may be negated."""
+    if tensor is None:
+        return None
+    return torch.zeros_like(tensor) if has_no_memory(tensor) else tensor.resolve_neg()
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[None]:

@@ -1,278 +1,211 @@
-"""The loss as a registered operator, for all that looks through a call: compile, export, DTensor.
+"""The loss as registered operators, for all that looks through a call: compile, export, DTensor.
 
-Two operators, neither of which mutates anything: the loss with the gradients for an upstream
-gradient of 1, and the gradients for any upstream gradient. They take numbers and tensors in
-separate arguments, because a schema has no argument that is either. A result that is not wanted is
-a tensor of no elements, because it has no optional results.
+`forward` is the loss with the gradients for an upstream gradient of 1, and `backward` the gradients
+for any upstream gradient; neither mutates anything. Their arguments are the upstream gradient (of
+`backward` alone), the fields of a `Problem`, and which gradients are needed. A result that is not
+needed is a tensor of no elements, because none is optional.
 """
 
-import sys
-from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_smoothl1.composition import composition, differentiable_backward
-from fused_smoothl1.contract import (
+from fused_smoothl1 import composition
+from fused_smoothl1.dispatch import backend_for, is_eager
+from fused_smoothl1.hooks import (
+    below_autograd,
+    is_recorded,
+    is_static,
+    is_transformed,
+    new_library,
+)
+from fused_smoothl1.problem import (
+    LARGEST,
     NOTHING,
+    TENSORS,
     Gradients,
     Needs,
     Problem,
-    full_size_gradients,
+    empty_gradients,
+    empty_loss,
     gradient_in_forward,
-    is_mask,
     sum_to_weights,
 )
-from fused_smoothl1.dispatch import backend_for, is_eager, is_recorded, is_transformed
+
+# A number that may be symbolic is a Scalar: a float would be fixed when it is traced. DTensor
+# remembers placements by the arguments from the first integer on, which a ScalarType is to it: what
+# placements depend on stands behind one.
+PROBLEM = (
+    "Tensor input, Tensor target, "
+    "Tensor? inside, Tensor? outside, Tensor? divisor, Tensor? beta, "
+    "float inside_number, float outside_number, Scalar divisor_number, float beta_number, "
+    "ScalarType compute_dtype, ScalarType loss_dtype, bool reduce, bool has_masks"
+)
+library = new_library("fused_smoothl1")
+for schema in (
+    f"forward({PROBLEM}, bool[4] needs) -> (Tensor, Tensor, Tensor)",
+    f"backward(Tensor upstream, {PROBLEM}, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+):
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+FORWARD = torch.ops.fused_smoothl1.forward.default
+BACKWARD = torch.ops.fused_smoothl1.backward.default
+FIELDS = len(Problem._fields)
+
+Results = tuple[Tensor, ...]
 
 
 def smooth_l1(problem: Problem) -> Tensor:
     """Return the loss by operations that PyTorch's transformations can look through."""
+    problem = _without_symbols(problem)
     # The composition has every derivative and every batching rule, which the transforms of
     # functorch need; and in eager PyTorch it is what a compiler fuses best.
     if is_transformed() or is_eager(problem.input.device):
-        return composition(problem)
-    _register_sharding()
-    needs = _needs(problem) if torch.is_grad_enabled() else NOTHING
-    now = gradient_in_forward(problem, needs)
-    results: Results = FORWARD(*_flatten(problem), now and needs[0], now and needs[1])
+        return composition.loss(problem)
+    needs = needs_of(problem) if torch.is_grad_enabled() else NOTHING
+    results: Results = FORWARD(*problem, needs if gradient_in_forward(problem, needs) else NOTHING)
     return results[0]
 
 
-# What both operators take of a `Problem`, in the order of `_flatten`. A number that a compiler has
-# put a symbol for is a tensor by now, but for `count`.
-PROBLEM = (
-    "Tensor input, Tensor target, "
-    "Tensor? inside, Tensor? outside, Tensor? divisor, Tensor? beta, "
-    "float inside_number, float outside_number, float divisor_number, SymInt count, "
-    "float beta_number, bool reduce, ScalarType loss_dtype"
-)
-TENSORS = 6
-
-Results = tuple[Tensor, ...]
-# How an operator computes: what it is given is a problem, the upstream gradient (of the second
-# operator alone), and the needed gradients; what it gives is the loss (of the first) and these.
-Way = Callable[[Problem, Tensor | None, Needs], tuple[Tensor | None, Gradients]]
-
-# The operators outlive this module if it is imported anew, and would be defined twice then.
-_namespace: Any = torch.ops.fused_smoothl1
-if hasattr(_namespace, "_library"):
-    _namespace._library._destroy()
-_library = _namespace._library = torch.library.Library("fused_smoothl1", "DEF")
-_library.define(
-    f"forward({PROBLEM}, bool needs_input, bool needs_target) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    f"backward(Tensor upstream, {PROBLEM}, bool needs_input, bool needs_target, "
-    "bool needs_inside, bool needs_outside) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-FORWARD = _namespace.forward.default
-BACKWARD = _namespace.backward.default
+def needs_of(problem: Problem) -> Needs:
+    """Return which operands require a gradient."""
+    a, b, c, d = (t is not None and t.requires_grad for t in problem[:4])
+    return a, b, c, d
 
 
-def _real(
-    problem: Problem, upstream: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Gradients]:
-    """By the backend."""
-    backend = backend_for(problem.input)
-    if upstream is None:
-        return backend.forward(problem, needs, is_recorded=True)
-    return None, backend.backward(problem, upstream, needs)
+def _without_symbols(problem: Problem) -> Problem:
+    """Return the problem with tensors in the place of the symbols that a tracer has for numbers.
+
+    Whatever else takes such a symbol is compiled anew for every value. Numbers of elements may stay
+    symbols.
+    """
+    fields: list[Any] = list(problem)
+    for tensor in range(2, TENSORS):
+        number = tensor + 4
+        if isinstance(fields[number], (float, torch.SymFloat)) and not is_static(fields[number]):
+            # (Made by new_ones, under torch.vmap the product would be compiled for every value.)
+            one = torch.ones((), dtype=problem.compute_dtype, device=problem.input.device)
+            fields[tensor], fields[number] = one * fields[number], 1.0
+    problem = Problem(*fields)
+    if problem.beta is None:
+        return problem
+    # As `transition` does for a number: beta must be finite.
+    return problem._replace(beta=problem.beta.clamp(max=LARGEST[problem.compute_dtype]))
 
 
-def _fake(
-    problem: Problem, upstream: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Gradients]:
-    """By what is known of the results before there are any: shape, strides and dtype."""
-    input, gradients = problem.input, full_size_gradients(problem, needs)
-    if upstream is not None:
-        return None, sum_to_weights(problem, gradients)
-    if problem.reduce:
-        return input.new_empty((), dtype=problem.loss_dtype), gradients
-    return torch.empty_like(input, dtype=problem.loss_dtype), gradients
-
-
-def _composed(
-    problem: Problem, upstream: Tensor | None, needs: Needs
-) -> tuple[Tensor | None, Gradients]:
-    """By operations that PyTorch's transformations can look through."""
-    if upstream is not None:
-        return None, differentiable_backward(problem, upstream, needs)
-    loss = composition(problem)
-    return loss, differentiable_backward(problem, torch.ones_like(loss), needs)
-
-
-def _forward(way: Way) -> Callable[..., Results]:
-    def operator(*arguments: Any) -> Results:
-        *given, needs_input, needs_target = arguments
-        problem = _unflatten(*given)
-        loss, gradients = way(problem, None, (needs_input, needs_target, False, False))
-        return _present(problem.input, (loss, *gradients[:2]))
-
-    return operator
-
-
-def _backward(way: Way) -> Callable[..., Results]:
-    def operator(upstream: Tensor, *arguments: Any) -> Results:
-        problem = _unflatten(*arguments[:-4])
-        return _present(problem.input, way(problem, upstream, arguments[-4:])[1])
-
-    return operator
-
-
-class _Forward(torch.autograd.Function):
-    """The first operator; its gradient is the saved one times what arrives, if that is exact."""
+class _Shapes:
+    """A backend that computes nothing: its results have shape, strides and dtype alone."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Results:
+    def forward(
+        problem: Problem, needs: Needs, *, is_recorded: bool = False
+    ) -> tuple[Tensor, Gradients]:
+        return empty_loss(problem), empty_gradients(problem, needs)
+
+    @staticmethod
+    def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+        return sum_to_weights(problem, empty_gradients(problem, needs))
+
+
+def _results(arguments: tuple[Any, ...], backend: Any = None) -> Results:
+    """Return the results of an operator for its arguments, from this backend or the device's."""
+    *upstream, needs = arguments
+    problem = Problem(*upstream[-FIELDS:])
+    backend = backend or backend_for(problem.input)
+    results: tuple[Tensor | None, ...]
+    if len(upstream) > FIELDS:
+        results = backend.backward(problem, upstream[0], needs)
+    else:
+        loss, gradients = backend.forward(problem, needs, is_recorded=True)
+        results = (loss, *gradients[:2])
+    return tuple(problem.input.new_empty(0) if r is None else r for r in results)
+
+
+class _Differentiable(torch.autograd.Function):
+    """An operator as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, *arguments: Any) -> Results:
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            results: Results = FORWARD(*arguments)
-        ctx.save_for_backward(*arguments[:TENSORS], *results[1:])
-        ctx.numbers = arguments[TENSORS:]
+        with below_autograd():
+            results: Results = operator(*arguments)
+        options = TENSORS - FIELDS - 1  # The number of arguments behind the tensors, from the end.
+        gradients = results[1:] if operator is FORWARD else ()
+        ctx.save_for_backward(*arguments[:options], *gradients)
+        ctx.operator, ctx.options = operator, arguments[options:]
         return results
 
     @staticmethod
-    def backward(ctx: Any, upstream: Any, *others: Any) -> tuple[Tensor | None, ...]:
-        *tensors, grad_input, grad_target = ctx.saved_tensors
-        *numbers, has_input, has_target = ctx.numbers
-        if upstream is None or any(other is not None for other in others):
-            # One of the gradients that were computed with the loss is differentiated itself.
-            arguments = (*tensors, *ctx.numbers)
-            above = (upstream, *others)
-            return _pulled_back(_forward(_composed), arguments, ctx.needs_input_grad, above)
-        needs: Needs = ctx.needs_input_grad[:4]
-        is_saved = (
-            needs == (has_input, has_target, False, False)
+    def backward(ctx: Any, *upstreams: Any) -> tuple[Tensor | None, ...]:
+        tensors, saved = ctx.saved_tensors, ()
+        if ctx.operator is FORWARD:
+            tensors, saved = tensors[:TENSORS], tensors[TENSORS:]
+        arguments = *tensors, *ctx.options
+        _, *needed = ctx.needs_input_grad
+        upstream, *others = upstreams
+        if not saved or upstream is None or any(other is not None for other in others):
+            # A gradient is differentiated itself, be it one that was computed with the loss.
+            return None, *_pulled_back(arguments, needed, upstreams)
+        *_, has_masks, needs_in_forward = ctx.options
+        needs = tuple(needed[:4])
+        if (
+            needs == tuple(needs_in_forward)
             # A graph of make_fx cuts off what is saved, and could not be differentiated again.
             and not is_recorded()
             # A product with what is not finite would make NaN of what masks exclude.
-            and not _unflatten(*tensors, *numbers).has_masks
-        )
-        if is_saved:
+            and not has_masks
+        ):
             # In the wider dtype: a product of 16 bits with float32 may round the latter first.
-            saved = (grad_input, grad_target)
-            scaled = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in saved)
-            gradients = (*scaled, upstream, upstream)
+            products = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in saved)
+            gradients = (*products, None, None)
         else:
-            gradients = BACKWARD(upstream, *tensors, *numbers, *needs)
-        chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return *chosen, *(None for _ in ctx.needs_input_grad[4:])
-
-
-class _Backward(torch.autograd.Function):
-    """The second operator, whose own gradients are those of the composition."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Results:
-        ctx.save_for_backward(*arguments[: 1 + TENSORS])
-        ctx.numbers = arguments[1 + TENSORS :]
-        with torch._C._AutoDispatchBelowAutograd():
-            results: Results = BACKWARD(*arguments)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors, *ctx.numbers)
-        return _pulled_back(_backward(_composed), arguments, ctx.needs_input_grad, upstreams)
+            gradients = BACKWARD(upstream, *arguments[:-1], needs)
+        rest = (None for _ in needed[4:])
+        return None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest
 
 
 def _pulled_back(
-    operator: Callable[..., Results],
-    arguments: tuple[Any, ...],
-    wanted: tuple[bool, ...],
-    upstreams: tuple[Tensor | None, ...],
+    arguments: tuple[Any, ...], needed: list[bool], upstreams: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the wanted gradients of a composed operator, for upstream gradients of its results."""
+    """Return the needed gradients of an operator, differentiable again."""
     with torch.enable_grad():
         # (By views, because what the arguments were computed from is not to be differentiated.)
-        given = [v.view_as(v) if w else v for v, w in zip(arguments, wanted, strict=True)]
-        results = operator(*given)
+        views = tuple(
+            v.view_as(v) if need else v for v, need in zip(arguments, needed, strict=True)
+        )
+        results = _results(views, composition)
     pairs = [
         (result, torch.zeros_like(result) if upstream is None else upstream)
         for result, upstream in zip(results, upstreams, strict=True)
         if result.requires_grad
     ]
-    found = iter(
+    gradients = iter(
         torch.autograd.grad(
             [result for result, _ in pairs],
-            [value for value, is_wanted in zip(given, wanted, strict=True) if is_wanted],
+            [view for view, need in zip(views, needed, strict=True) if need],
             [upstream for _, upstream in pairs],
             create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )
     )
-    return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+    return tuple(next(gradients) if need else None for need in needed)
 
 
-def _register(operator: Any, form: Callable[[Way], Callable[..., Results]], function: Any) -> None:
-    composed, name = form(_composed), operator.__name__.partition(".")[0]
+def _register(operator: Any) -> None:
+    name = operator.__name__.partition(".")[0]
 
-    def differentiated(*arguments: Any) -> Results:
-        # A graph that was captured before may be transformed now. A Function like these would lose
-        # the tangents, and functorch refuses it.
-        results: Results = composed(*arguments) if is_transformed() else function.apply(*arguments)
+    def differentiable(*arguments: Any) -> Results:
+        # A graph that was captured before may be transformed now. The Function would lose the
+        # tangents, and functorch refuses it.
+        if is_transformed():
+            return _results(arguments, composition)
+        results: Results = _Differentiable.apply(operator, *arguments)
         return results
 
-    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        """Call the operator for each sample."""
-        given = tuple(zip(arguments, in_dims, strict=True))
-        samples = [
-            operator(*(value if dim is None else value.select(dim, i) for value, dim in given))
-            for i in range(info.batch_size)
-        ]
-        results = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
-        return results, (0,) * len(results)
-
-    _library.impl(name, form(_real), "CompositeExplicitAutograd")
-    _library.impl(name, differentiated, "Autograd")
-    torch.library.register_fake(operator, form(_fake), lib=_library)
-    torch.library.register_vmap(operator, batched, lib=_library)
+    library.impl(name, lambda *arguments: _results(arguments), "CompositeExplicitAutograd")
+    library.impl(name, differentiable, "Autograd")
+    torch.library.register_fake(operator, lambda *a: _results(a, _Shapes), lib=library)
 
 
-_register(FORWARD, _forward, _Forward)
-_register(BACKWARD, _backward, _Backward)
-
-
-def _register_sharding() -> None:
-    """Tell DTensor how to shard the operators, if it is in use: importing it takes a second."""
-    if "torch.distributed.tensor" in sys.modules:
-        import_module("fused_smoothl1.sharding")
-
-
-# As in `dispatch`: torch.compile calls this while it traces.
-_register_sharding._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _needs(problem: Problem) -> Needs:
-    a, b, c, d = (isinstance(v, Tensor) and v.requires_grad for v in problem[:4])
-    return a, b, c, d
-
-
-def _flatten(problem: Problem) -> tuple[Any, ...]:
-    """Return the operators' arguments: six tensors or None, then the numbers."""
-    given = problem[:6]
-    tensors = (v if isinstance(v, Tensor) else None for v in given)
-    inside, outside, divisor, beta = (1.0 if isinstance(v, Tensor) else v for v in given[2:])
-    # A number of elements may be symbolic, which only an integer argument can be.
-    is_count = not isinstance(divisor, float)
-    divisor, count = (1.0, divisor) if is_count else (divisor, 1)
-    return *tensors, inside, outside, divisor, count, beta, problem.reduce, problem.loss_dtype
-
-
-def _unflatten(*arguments: Any) -> Problem:
-    input, target, *given = arguments[:TENSORS]
-    inside, outside, divisor, count, beta, reduce, loss_dtype = arguments[TENSORS:]
-    numbers = (inside, outside, count * divisor, beta)
-    four = [number if t is None else t for t, number in zip(given, numbers, strict=True)]
-    compute_dtype = torch.float64 if loss_dtype == torch.float64 else torch.float32
-    has_masks = any(map(is_mask, four[:2]))
-    return Problem._make((input, target, *four, reduce, compute_dtype, loss_dtype, has_masks))
-
-
-def _present(input: Tensor, results: tuple[Tensor | None, ...]) -> Results:
-    return tuple(input.new_empty(0) if result is None else result for result in results)
+_register(FORWARD)
+_register(BACKWARD)

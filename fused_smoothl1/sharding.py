@@ -6,13 +6,14 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from fused_smoothl1 import ops
+from fused_smoothl1.problem import Problem
 
 Placements = list[Placement | None]
 # Outputs and inputs that go together.
 Rule = tuple[Placements, Placements]
 
 
-def _operand_placements(dim: int, *operands: Any) -> Placements:
+def _sharded(dim: int, *operands: Any) -> Placements:
     """Return where each operand is when the input is sharded on `dim`: there, or everywhere."""
     dims = operands[0].ndim
 
@@ -26,44 +27,38 @@ def _operand_placements(dim: int, *operands: Any) -> Placements:
     return [placement(operand) for operand in operands]
 
 
-def _everywhere(*tensors: Any) -> Placements:
-    return [None if tensor is None else Replicate() for tensor in tensors]
+def _everywhere(*arguments: Any) -> Placements:
+    """Return that each tensor is everywhere; what is no tensor has no placement."""
+    return [Replicate() if hasattr(argument, "ndim") else None for argument in arguments]
 
 
 @register_sharding(ops.FORWARD)
 def forward_rules(*arguments: Any) -> list[Rule]:
-    """Every shard gives its part of the sum, because `divisor` and `count` are global."""
-    *operands, divisor, beta = arguments[:6]
-    reduce, _, needs_input, needs_target = arguments[-4:]
-    rest: Placements = [*_everywhere(divisor, beta), *(None for _ in arguments[6:])]
+    """Every shard gives its part of the sum, because the divisor is global."""
+    *fields, needs = arguments
+    operands, rest = arguments[:4], _everywhere(*arguments[4:])
     rules: list[Rule] = [([Replicate()] * 3, [*_everywhere(*operands), *rest])]
     for dim in range(operands[0].ndim):
-        shard = Shard(dim)
-        outputs: Placements = [
-            Partial() if reduce else shard,
-            shard if needs_input else Replicate(),
-            shard if needs_target else Replicate(),
-        ]
-        rules.append((outputs, [*_operand_placements(dim, *operands), *rest]))
+        loss = Partial() if Problem(*fields).reduce else Shard(dim)
+        gradients = (Shard(dim) if needed else Replicate() for needed in needs[:2])
+        rules.append(([loss, *gradients], [*_sharded(dim, *operands), *rest]))
     return rules
 
 
 @register_sharding(ops.BACKWARD)
 def backward_rules(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
-    *operands, divisor, beta = arguments[:6]
-    reduce, _, *needs = arguments[-6:]
-    rest: Placements = [*_everywhere(divisor, beta), *(None for _ in arguments[6:])]
-    everywhere = _everywhere(upstream, *operands)
-    rules: list[Rule] = [([Replicate()] * 4, [*everywhere, *rest])]
+    *fields, needs = arguments
+    operands, rest = arguments[:4], _everywhere(*arguments[4:])
+    rules: list[Rule] = [([Replicate()] * 4, [*_everywhere(upstream, *operands), *rest])]
     for dim in range(operands[0].ndim):
-        placements = _operand_placements(dim, *operands)
-        outputs: Placements = [
+        placements = _sharded(dim, *operands)
+        gradients: Placements = [
             (Partial() if isinstance(placement, Replicate) else placement)
             if needed
             else Replicate()
             for placement, needed in zip(placements, needs, strict=True)
         ]
-        above = Replicate() if reduce else Shard(dim)
-        rules.append((outputs, [above, *placements, *rest]))
+        above = Replicate() if Problem(*fields).reduce else Shard(dim)
+        rules.append((gradients, [above, *placements, *rest]))
     return rules

@@ -102,7 +102,7 @@ def fake_gpu(warp_size: int = 32) -> Iterator[FakeGpu]:
         patch.setattr(launch, "INTERPRETED", False)
         patch.setattr(launch, "_workspaces", {})
         patch.setattr(launch, "_new_workspace", new_fake_workspace)
-        for name in ("smooth_l1_kernel", "rescale_kernel"):
+        for name in ("smooth_l1_kernel", "scale_kernel"):
             patch.setattr(launch, name, module.kernel(getattr(launch, name)))
         for name in ("_multiprocessors", "_warps"):
             getattr(launch, name).cache_clear()

@@ -22,8 +22,7 @@ from triton import language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-OPERANDS = ("input", "target", "inside", "outside", "upstream", "normalizer", "beta")
-READ_ONLY = {f"{name}_ptr" for name in OPERANDS}
+READ_ONLY = ("operands", "upstream_ptr", "divisor_ptr", "beta_ptr")
 
 
 class Event(NamedTuple):
@@ -77,11 +76,14 @@ def _before(owner: type, name: str, check: Callable[..., None]) -> None:
 def _launched(executor: Any, *arguments: Any) -> None:
     _extents.clear()
     for name, value in zip(executor.arg_names, arguments, strict=False):
-        if isinstance(value, Tensor) and value.numel():
-            sizes = zip(value.shape, value.stride(), strict=True)
-            elements = 1 + sum((size - 1) * stride for size, stride in sizes)
-            start = value.data_ptr()
-            _extents[name] = (start, start + elements * value.element_size())
+        members = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        for i, member in members:
+            if isinstance(member, Tensor) and member.numel():
+                sizes = zip(member.shape, member.stride(), strict=True)
+                elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+                start = member.data_ptr()
+                stop = start + elements * member.element_size()
+                _extents[name if i is None else f"{name}[{i}]"] = (start, stop)
 
 
 def _access(kind: str, pointers: int, mask: int) -> Callable[..., None]:
@@ -92,7 +94,7 @@ def _access(kind: str, pointers: int, mask: int) -> Callable[..., None]:
         low, high = active.min(), active.max()
         names = [name for name, (start, stop) in _extents.items() if start <= low and high < stop]
         if kind != "load":
-            names = [name for name in names if name not in READ_ONLY]
+            names = [name for name in names if not name.startswith(READ_ONLY)]
         assert names, f"a {kind} outside of every tensor that the kernel was given for it"
         _happened(Event(kind, names[0]))
 

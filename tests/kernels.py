@@ -22,20 +22,21 @@ def blocks_kernel(found_ptr, numel, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["numel"])
 def load_kernel(
-    operand_ptr,
+    operands,
     found_ptr,
     sizes,
     strides,
     numel,
     ACCESS: tl.constexpr,
+    OPERAND: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Store what `_load` loads of one operand for each element, in the order of iteration.
 
-    operand_ptr: int32, through the strides; the other arguments are those of `smooth_l1_kernel`
-    found_ptr:   int32 [numel]
+    operands:  int32; OPERAND says which; the other arguments are those of `smooth_l1_kernel`
+    found_ptr: int32 [numel]
     """
     lane = tl.arange(0, LANES)[None, :]
     first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
@@ -44,7 +45,7 @@ def load_kernel(
         for block in range(start, stop, tl.num_programs(0)):
             group = block * BLOCK + first
             within = group < numel if ALIGNED else group + lane < numel
-            values = _load(operand_ptr, ACCESS, strides, sizes, group, lane, within, ALIGNED)
+            values = _load(operands, strides, ACCESS, OPERAND, sizes, group, lane, within, ALIGNED)
             tl.store(found_ptr + group + lane, values, mask=within)
 
 

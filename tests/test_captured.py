@@ -16,6 +16,7 @@ from torch.func import grad, hessian, jacfwd, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.problem import make_problem
 from tests.composed import composed
 from tests.support import coin, gaussian
 
@@ -198,8 +199,8 @@ def test_results_of_the_operator_are_differentiable(triton_backend: str, device:
     """Its gradient too, which a graph may hold by itself."""
     x, t = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
     x.requires_grad_()
-    numbers = (1.0, 1.0, 1.0, 24, 0.6, True, torch.float32, True, True)
-    forward = torch.ops.fused_smoothl1.forward.default(x, t, None, None, None, None, *numbers)
+    problem = make_problem(x, t, divisor_number=24, beta_number=0.6)
+    forward = torch.ops.fused_smoothl1.forward.default(*problem, (True, True, False, False))
     loss = composed(x, t, beta=0.6)
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     torch.testing.assert_close(forward, (loss, gradient, -gradient))

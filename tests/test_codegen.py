@@ -58,7 +58,7 @@ def test_current_targets_are_known(table: list[Kernel]) -> None:
 
 def test_every_kind_of_launch(kernels: list[Kernel]) -> None:
     roles = {kernel["call"].rpartition(": ")[2] for kernel in kernels}
-    assert roles == {"forward", "backward", "refresh", "rescale"}
+    assert roles == {"forward", "backward", "recompute", "scale"}
     kinds = {kind for kernel in kernels for kind in kernel["access"].split()}
     assert kinds >= {"scalar", "flat", "row", "vector", "strided"}
     for position in (2, 3):  # the inside and the outside weights

@@ -15,7 +15,7 @@ import torch
 
 import fused_smoothl1
 from fused_smoothl1 import SmoothL1Loss, dispatch, eager, ops, smooth_l1_loss
-from fused_smoothl1.contract import Problem
+from fused_smoothl1.problem import Problem
 from tests.conftest import HAS_TRITON
 from tests.support import backend_set, gaussian
 

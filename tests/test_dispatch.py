@@ -107,11 +107,11 @@ def test_rules_of_dtensor_are_registered_where_it_is_in_use() -> None:
     _succeeds(
         """
 import sys
-from fused_smoothl1 import ops
-ops._register_sharding()
+from fused_smoothl1 import functional
+functional._load_sharding()
 assert not {"torch.distributed.tensor", "fused_smoothl1.sharding"} & set(sys.modules)
 import torch.distributed.tensor
-ops._register_sharding()
+functional._load_sharding()
 assert "fused_smoothl1.sharding" in sys.modules
 """
     )

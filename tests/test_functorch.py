@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, j
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.problem import make_problem
 from tests import oracle
 from tests.composed import composed
 from tests.support import assert_near, beta_of, coin, gaussian
@@ -291,10 +292,8 @@ def test_vmap_rule_of_forward(dtype: torch.dtype, backend: str, device: str) -> 
         def one(*tensors: Tensor, reduce: bool = reduce) -> tuple[Tensor, ...]:
             x, t, a, d = tensors
             divisor = d if reduce else None
-            found: tuple[Tensor, ...] = FORWARD(
-                *(x, t, a, outside, divisor, None, 1.0, 1.0, 1.0, 1, 0.5),
-                *(reduce, torch.float32, reduce, reduce),
-            )
+            problem = make_problem(x, t, a, outside, divisor, beta_number=0.5, reduce=reduce)
+            found: tuple[Tensor, ...] = FORWARD(*problem, (reduce, reduce, False, False))
             return found
 
         found = torch.func.vmap(one, (0, 2, 0, 0))(inputs, targets, inside, divisors)
@@ -311,10 +310,8 @@ def test_vmap_rule_of_backward(reduce: bool, backend: str, device: str) -> None:
     upstreams = gaussian(*((3,) if reduce else (6, 4, 3)), seed=5, device=device)
 
     def one(upstream: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = BACKWARD(
-            *(upstream, x, target, a, outside, None, None, 1.0, 1.0, 3.0 if reduce else 1.0, 1),
-            *(0.5, reduce, torch.float32, True, False, True, True),
-        )
+        problem = make_problem(x, target, a, outside, beta_number=0.5, reduce=reduce)
+        found: tuple[Tensor, ...] = BACKWARD(upstream, *problem, (True, False, True, True))
         return found
 
     found = torch.func.vmap(one, (0 if reduce else 2, 0, 0))(upstreams, inputs, inside)
@@ -330,10 +327,8 @@ def test_vmap_rule_with_a_mask(backend: str, device: str) -> None:
     target = torch.zeros(6, 4, device=device)
 
     def one(x: Tensor) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = FORWARD(
-            *(x, target, mask, None, None, None, 1.0, 1.0, 1.0, 24, 0.5),
-            *(True, torch.float32, True, False),
-        )
+        problem = make_problem(x, target, mask, divisor_number=24, beta_number=0.5)
+        found: tuple[Tensor, ...] = FORWARD(*problem, (True, False, False, False))
         return found[:2]
 
     losses, gradients = torch.func.vmap(one)(inputs)

@@ -41,7 +41,7 @@ def test_store_outside() -> None:
 
 
 def test_store_into_an_operand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.interpreter.READ_ONLY", {"found_ptr"})
+    monkeypatch.setattr("tests.interpreter.READ_ONLY", ("found_ptr",))
     with pytest.raises(Exception, match="a store outside"):
         _copy()
 

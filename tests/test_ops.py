@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_smoothl1 import ops, smooth_l1_loss
-from fused_smoothl1.contract import Problem, gradient_in_forward, make_problem
+from fused_smoothl1.problem import NOTHING, Problem, gradient_in_forward, make_problem
 from tests.support import assert_same, backend_set, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, make, trained
 
@@ -35,21 +35,22 @@ def _problem(
     def values(name: str, *shape: int, seed: int) -> Tensor:
         return gaussian(*shape, seed=seed, dtype=dtype, device=device, requires_grad=name in wanted)
 
-    def weights(name: str, given: Any, seed: int) -> Any:
-        if isinstance(given, tuple):
-            return values(name, *given, seed=seed)
-        return 1.0 if given is None else given
+    def weights(name: str, own: Any, seed: int) -> Tensor | None:
+        if isinstance(own, tuple):
+            return values(name, *own, seed=seed)
+        return own if isinstance(own, Tensor) else None
 
-    divisor: Tensor | int = torch.tensor(3.0, device=device) if tensor_divisor else 24
     return make_problem(
         values("input", 6, 4, seed=1),
         values("target", 6, 4, seed=2),
         weights("inside", inside, 3),
         weights("outside", outside, 4),
-        divisor if reduce else 1,
-        None,
-        0.5,
-        reduce,
+        divisor=torch.tensor(3.0, device=device) if reduce and tensor_divisor else None,
+        inside_number=inside if isinstance(inside, float) else 1.0,
+        outside_number=outside if isinstance(outside, float) else 1.0,
+        divisor_number=24 if reduce and not tensor_divisor else 1.0,
+        beta_number=0.5,
+        reduce=reduce,
     )
 
 
@@ -99,9 +100,8 @@ def _named(name: str, device: str) -> Problem:
 
 
 def _forward_arguments(problem: Problem) -> tuple[Any, ...]:
-    needs = ops._needs(problem)
-    now = gradient_in_forward(problem, needs)
-    return *ops._flatten(problem), now and needs[0], now and needs[1]
+    needs = ops.needs_of(problem)
+    return *problem, needs if gradient_in_forward(problem, needs) else NOTHING
 
 
 def _backward_arguments(problem: Problem) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ def _backward_arguments(problem: Problem) -> tuple[Any, ...]:
     upstream = gaussian(
         *shape, seed=9, dtype=problem.loss_dtype, device=problem.input.device.type
     ).requires_grad_()
-    return upstream, *ops._flatten(problem), *ops._needs(problem)
+    return upstream, *problem, ops.needs_of(problem)
 
 
 def _assert_all_green(results: dict[str, str]) -> None:
@@ -223,10 +223,15 @@ def test_gradients_of_the_operator(name: str, backend: str, device: str) -> None
 
 
 def _plain(problem: Problem) -> Tensor:
-    reduction = "sum" if problem.reduce else "none"
-    normalizer = problem.divisor if problem.reduce else None
+    inside, outside, divisor = (
+        number if tensor is None else tensor
+        for tensor, number in zip(problem[2:5], problem[6:9], strict=True)
+    )
     return smooth_l1_loss(
-        *problem[:4], beta=float(problem.beta), reduction=reduction, normalizer=normalizer
+        *(problem.input, problem.target, inside, outside),
+        beta=problem.beta_number,
+        reduction="sum" if problem.reduce else "none",
+        normalizer=divisor if problem.reduce else None,
     )
 
 
@@ -251,10 +256,10 @@ def test_beta_on_the_device(reduce: bool, beta: float, backend: str, device: str
     problem = _problem(reduce=reduce, inside=(6, 1), device=device)
     input = problem.input.detach().clone()
     input[:2] = problem.target[:2]
-    problem = problem._replace(input=input.requires_grad_(), beta=beta)
+    problem = problem._replace(input=input.requires_grad_())
+    as_tensor = problem._replace(beta=torch.tensor(beta, device=device), beta_number=1.0)
     found, expected = (
-        FORWARD(*_forward_arguments(problem._replace(beta=given)))
-        for given in (torch.tensor(beta, device=device), beta)
+        FORWARD(*_forward_arguments(one)) for one in (as_tensor, problem._replace(beta_number=beta))
     )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
@@ -291,9 +296,9 @@ def test_second_order(reduce: bool, requires_grad: str, backend: str, device: st
 def test_what_is_not_wanted_is_empty(backend: str, device: str) -> None:
     """An operator has no optional results: these cost neither memory nor a launch."""
     problem = _named("trained weights", device)
-    upstream, *flat = _backward_arguments(problem)[:-4]
-    _, *gradients = FORWARD(*flat, False, True)
-    gradients += BACKWARD(upstream, *flat, False, True, False, True)
+    upstream, *_ = _backward_arguments(problem)
+    _, *gradients = FORWARD(*problem, (False, True, False, False))
+    gradients += BACKWARD(upstream, *problem, (False, True, False, True))
     sizes = [gradient.numel() for gradient in gradients]
     assert sizes == [0, 24, 0, 24, 0, 1]
 
@@ -304,10 +309,10 @@ def test_gradgradcheck(triton_backend: str, device: str) -> None:
         gaussian(*shape, seed=seed, dtype=torch.float64, device=device, requires_grad=True)
         for seed, shape in enumerate([(2, 2), (2, 2), (2, 1), (2,)])
     )
-    rest = (None, None, 1.0, 1.0, 1.0, 4, 0.5, True, torch.float64, False, False)
 
     def loss(input: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
-        result: Tensor = FORWARD(input, target.detach(), inside, outside, *rest)[0]
+        problem = make_problem(input, target.detach(), inside, outside, divisor_number=4)
+        result: Tensor = FORWARD(*problem, NOTHING)[0]
         return result
 
     assert torch.autograd.gradcheck(loss, (input, inside, outside))
@@ -319,9 +324,9 @@ def test_shares_no_workspace(device: str, triton_backend: str) -> None:
     from fused_smoothl1 import launch
 
     input, target = (gaussian(20_011, seed=seed, device=device) for seed in (1, 2))
-    problem = make_problem(input, target, 1.0, 1.0, 20_011, None, 0.5, True)
+    problem = make_problem(input, target, divisor_number=20_011)
     launch._workspaces.clear()
-    found = FORWARD(*ops._flatten(problem), True, False)
+    found = FORWARD(*problem, (True, False, False, False))
     assert not launch._workspaces
     expected = launch.forward(problem, (True, False, False, False))
     assert launch._workspaces, "it takes one, where calls follow each other on a stream"

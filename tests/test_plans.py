@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.conftest import on_interpreter
 
@@ -84,20 +85,22 @@ def _enumerated(shape: Ints, layout: Layout) -> npt.NDArray[np.int64]:
     return np.array([sum(map(int.__mul__, index, padded)) for index in indices])
 
 
-def _loaded(plan: Any, access: Any, numel: int, extent: int) -> npt.NDArray[np.int64]:
+def _loaded(plan: Any, operand: int, numel: int, extent: int) -> npt.NDArray[np.int64]:
     """Return where the kernel looks for each element."""
     from tests.kernels import load_kernel
 
     # In one piece of memory that ends where the operand does.
-    positions = torch.arange(extent, dtype=torch.int32)
+    positions: list[Tensor | None] = [None] * len(plan.access)
+    positions[operand] = torch.arange(extent, dtype=torch.int32)
     found = torch.full((numel,), -1, dtype=torch.int32)
     load_kernel[(2,)](
-        positions,
+        tuple(positions),
         found,
         plan.sizes,
-        access.strides,
+        plan.strides,
         numel,
-        access.kind,
+        plan.access,
+        operand,
         plan.aligned,
         plan.lanes,
         plan.block,
@@ -111,14 +114,16 @@ def test_every_element_is_found(walk: Walk, triton_backend: str) -> None:
     """In the order of the outputs where there are any; otherwise in one order for all operands."""
     plan = _plan(walk)
     numel = math.prod(walk.shape)
-    present = [(o, a) for o, a in zip(walk.operands, plan.accesses, strict=True) if o is not None]
-    expected = [_enumerated(walk.shape, operand) for operand, _ in present]
+    present = {i: layout for i, layout in enumerate(walk.operands) if layout is not None}
+    expected = [_enumerated(walk.shape, layout) for layout in present.values()]
     found = [
-        _loaded(plan, access, numel, int(one.max()) + 1)
-        for one, (_, access) in zip(expected, present, strict=True)
+        _loaded(plan, operand, numel, int(one.max()) + 1)
+        for one, operand in zip(expected, present, strict=True)
     ]
-    absent = [a for o, a in zip(walk.operands, plan.accesses, strict=True) if o is None]
-    assert all(access == (None, None) for access in absent)
+    for operand in range(len(walk.operands)):
+        assert (plan.access[operand] is None) == (operand not in present)
+        is_walked = plan.access[operand] in ("row", "vector", "strided")
+        assert (plan.strides[operand] is not None) == is_walked
 
     if walk.has_outputs:
         written = _enumerated(walk.shape, (walk.shape, walk.order))
@@ -127,8 +132,8 @@ def test_every_element_is_found(walk: Walk, triton_backend: str) -> None:
     else:
         # (The order is any, but the same for all.)
         assert sorted(zip(*found, strict=True)) == sorted(zip(*expected, strict=True))
-    for one, (_, access) in zip(found, present, strict=True):
-        assert access.kind in _best_accesses(one, plan).split()
+    for one, operand in zip(found, present, strict=True):
+        assert plan.access[operand] in _best_accesses(one, plan).split()
 
 
 def _best_accesses(found: npt.NDArray[np.int64], plan: Any) -> str:
@@ -187,7 +192,7 @@ EXAMPLES: dict[str, tuple[list[Layout], int, str, int, bool]] = {
 def test_kinds_of_access(name: str, triton_backend: str) -> None:
     operands, itemsize, kinds, lanes, aligned = EXAMPLES[name]
     plan = _plan(Walk(operands[0][1], True, tuple(operands), itemsize))
-    assert " ".join(access.kind for access in plan.accesses) == kinds
+    assert " ".join(plan.access) == kinds
     assert (plan.lanes, plan.aligned) == (lanes, aligned)
     assert (plan.sizes is None) == ({*kinds.split()} <= {"flat", "scalar"})
 

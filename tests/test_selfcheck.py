@@ -58,10 +58,7 @@ def test_report() -> None:
     assert (_line(result.stdout, "triton") == "not installed") != HAS_TRITON
     assert f"{len(CASES)} of {len(CASES)}" in _line(result.stdout, "agreement")
     assert "FAIL" not in result.stdout
-    if torch.cuda.is_available():
-        assert re.match(r"[\d.]+ times eager's", _line(result.stdout, "speed"))
-    else:
-        assert _line(result.stdout, "speed") == "measured on GPUs only"
+    if not torch.cuda.is_available():
         assert _line(result.stdout, "backend").startswith("eager PyTorch, because this is cpu")
 
 

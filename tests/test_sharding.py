@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import ops
-from fused_smoothl1.contract import Problem, make_problem
+from fused_smoothl1.problem import Problem, make_problem
 from tests.support import coin, gaussian
 
 pytestmark = pytest.mark.skipif(
@@ -38,16 +38,23 @@ SHAPES: list[tuple[Any, Any, Any]] = [
 def _problems(masks: bool) -> Iterator[Problem]:
     for (shape, inside, outside), reduce in itertools.product(SHAPES, (True, False)):
 
-        def weights(own: Any, seed: int) -> Any:
+        def weights(own: Any, seed: int) -> Tensor | None:
             if own is None:
-                return 0.5
+                return None
             return coin(*own, seed=seed) if masks else gaussian(*own, seed=seed)
 
         input, target = (gaussian(*shape, seed=s, dtype=torch.float64) for s in (1, 2))
-        divisor = torch.tensor(3.0) if reduce else 1.0
-        given = input, target, weights(inside, 3), weights(outside, 4), divisor
-        problem = make_problem(*given, None, 0.5, reduce)
-        yield problem._replace(beta=torch.tensor(0.5)) if masks else problem
+        yield make_problem(
+            input,
+            target,
+            weights(inside, 3),
+            weights(outside, 4),
+            divisor=torch.tensor(3.0) if reduce else None,
+            beta=torch.tensor(0.5) if masks else None,
+            outside_number=0.5 if outside is None else 1.0,
+            beta_number=1.0 if masks else 0.5,
+            reduce=reduce,
+        )
 
 
 def _parts(argument: Any, placement: Any) -> tuple[Any, ...]:
@@ -93,10 +100,10 @@ def test_rules_of_forward(masks: bool, eager_backend: str) -> None:
     from fused_smoothl1.sharding import forward_rules
 
     for problem in _problems(masks):
-        for needs in itertools.product((False, True), repeat=2):
+        for needs in itertools.product((False, True), (False, True), (False,), (False,)):
             if any(needs) and not problem.reduce:
                 continue  # These gradients come with a reduced loss only.
-            arguments = *ops._flatten(problem), *needs
+            arguments = *problem, needs
             found = _check(ops.FORWARD, forward_rules(*arguments), arguments)
             assert found == _every_placement(problem)
 
@@ -115,6 +122,6 @@ def test_rules_of_backward(masks: bool, eager_backend: str) -> None:
                 for needed, weights in zip(needs, problem[:4], strict=True)
             ):
                 continue
-            arguments = upstream, *ops._flatten(problem), *needs
+            arguments = upstream, *problem, needs
             found = _check(ops.BACKWARD, backward_rules(*arguments), arguments)
             assert found == _every_placement(problem)

@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 CALLS = [*calls(rows=16385), LONG_CALL]  # of several tiles, and a tail
 PROCESSES = 2
 WIDEST_BITS = 128
-OPERANDS = ("input", "target", "inside", "outside", "upstream")
-GRADIENTS = ("grad_input", "grad_target", "grad_inside", "grad_outside")
 HEADINGS = ("loads", "full", "stores", "full", "vectorized", "atomics", "ticket")
 EXPLANATION = """\
-Registers a thread; shared memory in bytes a program. Loads and stores: how many of how many bits a
-thread makes to global memory in one iteration of the loop over whole tiles. Full: those of dense
-operands, each as wide as the layout allows. Ticket: the steps around the atomic operation that ends
-a reduction, in their order."""
+Registers a thread; shared memory in bytes a program; instructions of the loop over whole tiles.
+Loads and stores: how many of how many bits a thread makes to global memory in one iteration of that
+loop. Full: those of dense operands, each as wide as the layout allows. Ticket: the steps around the
+atomic operation that ends a reduction, in their order."""
 
 
 @dataclass
@@ -49,7 +47,8 @@ class Kernel:
     stack: int = 0  # bytes of it a thread; without spills they are reserved and not used
     shared: int = 0  # bytes of shared memory a program
     threads: int = 0  # in a program
-    access: str = ""  # how `OPERANDS` are reached, in their order; "-" without one
+    instructions: int = 0  # in the hot loop
+    access: str = ""  # how each operand is reached; "-": absent
     loads: dict[int, int] = field(default_factory=dict)  # in the hot loop, by width in bits
     stores: dict[int, int] = field(default_factory=dict)
     full_loads: dict[int, int] = field(default_factory=dict)  # dense ones, as wide as can be
@@ -133,7 +132,7 @@ def _compile(target: str, number: int) -> list[Compiled]:
             f"{call.name}: {_role(arguments)}",
             shared=result.metadata.shared,
             threads=threads,
-            access=" ".join(_access(arguments, name.upper()) for name in OPERANDS),
+            access=_access(arguments),
             full_loads=_widest_first(full_loads),
             full_stores=_widest_first(full_stores),
         )
@@ -142,17 +141,20 @@ def _compile(target: str, number: int) -> list[Compiled]:
     return compiled
 
 
-def _access(arguments: dict[str, Any], operand: str) -> str:
-    is_mask = arguments.get(f"{operand}_IS_MASK", False)
-    return (arguments.get(operand) or "-") + ("-mask" if is_mask else "")
+def _access(arguments: dict[str, Any]) -> str:
+    """Say how each operand is reached."""
+    if "ACCESS" not in arguments:
+        return ""
+    pairs = zip(arguments["ACCESS"], arguments["MASKS"], strict=True)
+    return " ".join((kind or "-") + ("-mask" if is_mask else "") for kind, is_mask in pairs)
 
 
 def _role(arguments: dict[str, Any]) -> str:
     """Say what a launch is for."""
-    if "INPUT" not in arguments:
-        return "rescale"
+    if "ACCESS" not in arguments:
+        return "scale"
     if arguments["UNLESS_ONE"]:
-        return "refresh"
+        return "recompute"
     return "backward" if arguments["loss_ptr"] is None else "forward"
 
 
@@ -171,6 +173,7 @@ def _read(target: str, compiled: list[Compiled]) -> list[Kernel]:
         loop = assembly.hot_loop(code)
         loads, stores = assembly.loads(loop), assembly.stores(loop)
         kernel.registers, kernel.spills, kernel.stack = code.registers, code.spills, code.stack
+        kernel.instructions = len(loop)
         kernel.loads, kernel.stores = _widest_first(loads), _widest_first(stores)
         kernel.vectorized = (
             bool(loop)
@@ -200,20 +203,19 @@ def _full_width(arguments: dict[str, Any], threads: int) -> tuple[Counter[int], 
         width = min(WIDEST_BITS, lanes * bits) if tensor.data_ptr() % 16 == 0 else bits
         to[width] += block * bits // (threads * width)
 
-    for name in OPERANDS if "INPUT" in arguments else ():
-        tensor, access = arguments[f"{name}_ptr"], arguments[name.upper()]
+    for tensor in arguments["gradients"]:
+        if tensor is not None:
+            add(stores, tensor)
+    if "ACCESS" not in arguments:
+        return stores, stores, others
+    for tensor, access in zip(arguments["operands"], arguments["ACCESS"], strict=True):
         if access in ("flat", "vector"):
             add(loads, tensor)
         elif access == "row":
             others += max(block // lanes // threads, 1)
         elif access == "strided":
             others += block // threads
-    for name in GRADIENTS:
-        if arguments.get(f"{name}_ptr") is not None:
-            add(stores, arguments[f"{name}_ptr"])
-    if "INPUT" not in arguments:
-        loads = stores
-    elif arguments["loss_ptr"] is not None and not arguments["REDUCE"]:
+    if arguments["loss_ptr"] is not None and not arguments["REDUCE"]:
         add(stores, arguments["loss_ptr"])
     return loads, stores, others
 
@@ -241,7 +243,7 @@ def _show() -> list[Kernel]:
     out = console()
     with out.status("compiling ..."):
         kernels = compile_all()
-    numbers = ("registers", "spills", "stack", "shared")
+    numbers = ("registers", "spills", "stack", "shared", "instructions")
     accesses = ("loads", "full_loads", "stores", "full_stores")
     for target in TARGETS:
         own = [kernel for kernel in kernels if kernel.target == target]
