@@ -10,6 +10,7 @@ from fused_smoothl1.dispatch import is_plain_backward
 from fused_smoothl1.hooks import apply_of, untraced
 from fused_smoothl1.problem import (
     NOTHING,
+    OPERANDS,
     TENSORS,
     Backend,
     Gradients,
@@ -38,7 +39,7 @@ class SmoothL1(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         """Compute the loss; the operands stand beside `problem` for autograd to see them."""
-        needs: Needs = ctx.needs_input_grad[:4]
+        needs: Needs = ctx.needs_input_grad[:OPERANDS]
         now = gradient_in_forward(problem, needs)
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
         # In a list, because compiled autograd hands `backward` a context of its own each time.
@@ -65,7 +66,7 @@ class SmoothL1(torch.autograd.Function):
 
         # Raises if an operand was modified in place since, or if the graph was freed.
         problem = Problem(*ctx.saved_tensors, *ctx.options)
-        needs: Needs = ctx.needs_input_grad[:4]
+        needs: Needs = ctx.needs_input_grad[:OPERANDS]
         if not is_plain:
             return *composition.backward(problem, upstream, needs), None, None
         if gradients is not None:

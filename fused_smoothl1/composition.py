@@ -6,6 +6,7 @@ for every beta of it, its gradient is contiguous whatever its operands are, and 
 divides, which overflows.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from fused_smoothl1.problem import (
     Gradients,
     Needs,
     Problem,
-    is_mask,
+    split_weights,
     sum_to_weights,
     transition,
 )
@@ -31,7 +32,7 @@ class _Elements(NamedTuple):
     selected: Tensor | None
     """What the masks select, if there are any."""
     inside: Tensor | None
-    """Factors, if there are any, 0 where not selected."""
+    """What the weights multiply by, 0 where not selected; None is 1."""
     outside: Tensor | None
     """Likewise."""
     loss: Tensor
@@ -92,26 +93,15 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
 def _elements(problem: Problem) -> _Elements:
     dtype = problem.compute_dtype
     difference = problem.input.to(dtype) - problem.target.to(dtype)
-    selected: Tensor | None = None
-    factors: list[Tensor | None] = []
-    for weights, number in (
-        (problem.inside, problem.inside_number),
-        (problem.outside, problem.outside_number),
-    ):
-        if is_mask(weights):
-            selection = weights != 0
-            selected = selection if selected is None else selected & selection
-            factors.append(None)
-        elif weights is not None or number != 1:
-            factors.append(_as_tensor(number if weights is None else weights, difference))
-        else:
-            factors.append(None)
+    masks, *weights = split_weights(problem, lambda number: _as_tensor(number, difference))
+    weights = [None if w is None else w.to(dtype) for w in weights]
+    selected = functools.reduce(torch.logical_and, masks) if masks else None
     if selected is not None:
         # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
         # (masked_fill would make it contiguous.)
         difference = torch.where(selected, difference, 0)
-        factors = [None if f is None else torch.where(selected, f, 0) for f in factors]
-    inside, outside = factors
+        weights = [None if w is None else torch.where(selected, w, 0) for w in weights]
+    inside, outside = weights
     # What comes first in a product decides the memory format.
     x = difference if inside is None else difference * inside
     return _Elements(difference, selected, inside, outside, *_smooth_l1(x, problem))

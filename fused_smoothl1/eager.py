@@ -1,8 +1,8 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
 `forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, with few of
-PyTorch's own operations over whole tensors: their number is what costs, in a small call and wherever
-other processes want the cores too.
+PyTorch's own operations over whole tensors: their number is what costs, in a small call and
+wherever other processes want the cores too.
 """
 
 import math
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from fused_smoothl1.hooks import smooth_l1, untraced
 from fused_smoothl1.problem import (
+    OPERANDS,
     Gradients,
     Needs,
     Problem,
     is_mask,
+    split_weights,
     sum_to_weights,
     transition,
 )
@@ -92,9 +94,9 @@ def forward(
         total = _losses(problem, left, right, outside, masks).sum()
     else:
         parts = _parts(problem, left, right, outside, *masks)
-        sums = [_losses(problem, a, b, factor, rest).sum() for a, b, factor, *rest in parts]
+        sums = [_losses(problem, a, b, c, rest).sum() for a, b, c, *rest in parts]
         total = torch.stack(sums).sum()
-    # An empty sum is 0 whatever divides it: a count of positives may be 0 too.
+    # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
     if scale is not None and numel:
         total.mul_(scale)
     return total, _gradients(problem, terms, scale, needs) if any(needs) else NO_GRADIENTS
@@ -171,9 +173,9 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
     for some in rows.split(max(ALONE * len(input) // input.numel(), 1)):
         operands: Any = (
             None if operand is None else operand.expand_as(input).index_select(0, some)
-            for operand in problem[:4]
+            for operand in problem[:OPERANDS]
         )
-        loss, gradients = forward(Problem._make((*operands, *problem[4:])), needs)
+        loss, gradients = forward(Problem._make((*operands, *problem[OPERANDS:])), needs)
         losses.append(loss)
         for whole, part in zip((grad_input, grad_target), gradients[:2], strict=True):
             if whole is not None and part is not None:
@@ -182,20 +184,7 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
 
 
 def _terms(problem: Problem) -> Terms:
-    factors: list[Tensor | None] = []
-    masks: Masks = []
-    for weights, number in (
-        (problem.inside, problem.inside_number),
-        (problem.outside, problem.outside_number),
-    ):
-        if is_mask(weights):
-            masks.append(weights if weights.dtype == torch.bool else weights != 0)
-            factors.append(None)
-        elif weights is None and number != 1:
-            factors.append(_number(problem, number))
-        else:
-            factors.append(weights)
-    inside, outside = factors
+    masks, inside, outside = split_weights(problem, lambda number: _number(problem, number))
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
     is_bare = inside is outside is None and not masks and left.dtype == right.dtype == dtype
     if not (is_bare and _exact_beta(problem)):
@@ -228,9 +217,9 @@ def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...
 
 
 def _losses(
-    problem: Problem, left: Tensor, right: Tensor, factor: Tensor | None, masks: Masks
+    problem: Problem, left: Tensor, right: Tensor, weights: Tensor | None, masks: Masks
 ) -> Tensor:
-    """Return the losses of the elements, each times the factor; what is not selected has 0."""
+    """Return the losses of the elements times these weights; what is not selected has 0."""
     losses, exact_beta = torch.empty_like(left), _exact_beta(problem)
     if exact_beta is not None:
         smooth_l1(left, right, NONE, exact_beta, out=losses)
@@ -238,8 +227,8 @@ def _losses(
         beta, inverse_beta = _transition(problem)
         slopes = (left * inverse_beta).clamp_(-1, 1)
         torch.clamp(left, -beta, beta, out=losses).mul_(-0.5).add_(left).mul_(slopes)
-    if factor is not None:
-        losses.mul_(factor)
+    if weights is not None:
+        losses.mul_(weights)
         _exclude(losses, masks)
     return losses
 
@@ -262,8 +251,8 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
     grad_input = grad_target = grad_inside = None
     if right is problem.target:
         gradient = torch.empty_like(left)
-        factor = _number(problem, 1.0) if upstream is None else upstream
-        smooth_l1_gradient(factor, left, right, NONE, beta, grad_input=gradient)
+        above = _number(problem, 1.0) if upstream is None else upstream
+        smooth_l1_gradient(above, left, right, NONE, beta, grad_input=gradient)
     else:
         if problem.beta is None and beta == 0:  # The least number above 0 becomes 1.
             left.div_(torch.finfo(left.dtype).tiny)
@@ -298,9 +287,9 @@ def _exclude(values: Tensor, masks: Masks) -> None:
         values.view(INTEGERS[values.dtype]).mul_(mask)
 
 
-def _is_known_to_be_finite(factor: Tensor | None) -> bool:
+def _is_known_to_be_finite(value: Tensor | None) -> bool:
     """Whether a product with it leaves 0 at 0, as far as one can tell without waiting."""
-    return factor is None or (factor.is_cpu and not factor.dim() and math.isfinite(factor.item()))
+    return value is None or (value.is_cpu and not value.dim() and math.isfinite(value.item()))
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

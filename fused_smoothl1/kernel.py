@@ -344,7 +344,7 @@ def scale_kernel(
 ):
     """Multiply gradients in place by the upstream gradient; touch nothing if that is 1.
 
-    gradients:    pointers, [numel] each, any float dtype; None: absent
+    gradients:    of input and target, pointers, [numel] each, any float dtype; None: absent
     upstream_ptr: float32 or float64, one element
     numel:        elements of each gradient
     COMPUTE:      float32 or float64, the dtype of the product
@@ -358,7 +358,7 @@ def scale_kernel(
         for block in range(start, stop, tl.num_programs(0)):
             index = tl.cast(block, INDEX) * BLOCK + tl.arange(0, BLOCK)
             within = index < numel if TAIL else tl.full([BLOCK], True, tl.int1)
-            for OPERAND in tl.static_range(len(gradients)):
+            for OPERAND in tl.static_range(2):
                 ptr = gradients[OPERAND]
                 if ptr is not None:
                     gradient = tl.load(ptr + index, mask=within)

@@ -89,7 +89,7 @@ def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gr
     block = TILE_BYTES // min(gradient.element_size() for gradient in (first, *others))
     with _device_of(first):
         scale_kernel[(_programs(first.device, numel, block),)](
-            gradients,
+            gradients[:2],
             _stored(upstream),
             numel,
             TRITON_DTYPES[upstream.dtype],

@@ -6,7 +6,7 @@ for any upstream gradient; neither mutates anything. Their arguments are the ups
 needed is a tensor of no elements, because none is optional.
 """
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from fused_smoothl1.hooks import (
 from fused_smoothl1.problem import (
     LARGEST,
     NOTHING,
+    OPERANDS,
     TENSORS,
     Gradients,
     Needs,
@@ -33,15 +34,18 @@ from fused_smoothl1.problem import (
     sum_to_weights,
 )
 
-# A number that may be symbolic is a Scalar: a float would be fixed when it is traced. DTensor
-# remembers placements by the arguments from the first integer on, which a ScalarType is to it: what
-# placements depend on stands behind one.
-PROBLEM = (
-    "Tensor input, Tensor target, "
-    "Tensor? inside, Tensor? outside, Tensor? divisor, Tensor? beta, "
-    "float inside_number, float outside_number, Scalar divisor_number, float beta_number, "
-    "ScalarType compute_dtype, ScalarType loss_dtype, bool reduce, bool has_masks"
-)
+# The types of a problem's fields in a schema. (A number of elements may be symbolic, and a schema's
+# float would be fixed when it is traced.)
+TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "Scalar",
+    torch.dtype: "ScalarType",
+    bool: "bool",
+}
+# DTensor remembers placements by the arguments from the first integer on, and a ScalarType is one.
+# What placements depend on must stand behind it: `reduce`, and which gradients are needed.
+PROBLEM = ", ".join(f"{TYPES[kind]} {name}" for name, kind in get_type_hints(Problem).items())
 library = new_library("fused_smoothl1")
 for schema in (
     f"forward({PROBLEM}, bool[4] needs) -> (Tensor, Tensor, Tensor)",
@@ -69,7 +73,7 @@ def smooth_l1(problem: Problem) -> Tensor:
 
 def needs_of(problem: Problem) -> Needs:
     """Return which operands require a gradient."""
-    a, b, c, d = (t is not None and t.requires_grad for t in problem[:4])
+    a, b, c, d = (t is not None and t.requires_grad for t in problem[:OPERANDS])
     return a, b, c, d
 
 
@@ -147,7 +151,7 @@ class _Differentiable(torch.autograd.Function):
             # A gradient is differentiated itself, be it one that was computed with the loss.
             return None, *_pulled_back(arguments, needed, upstreams)
         *_, has_masks, needs_in_forward = ctx.options
-        needs = tuple(needed[:4])
+        needs = tuple(needed[:OPERANDS])
         if (
             needs == tuple(needs_in_forward)
             # A graph of make_fx cuts off what is saved, and could not be differentiated again.
@@ -160,7 +164,7 @@ class _Differentiable(torch.autograd.Function):
             gradients = (*products, None, None)
         else:
             gradients = BACKWARD(upstream, *arguments[:-1], needs)
-        rest = (None for _ in needed[4:])
+        rest = (None for _ in needed[OPERANDS:])
         return None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest
 
 

@@ -5,7 +5,8 @@ counts, and the number, which is 1 where the tensor counts.
 """
 
 import math
-from typing import NamedTuple, Protocol, TypeGuard
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ FULL_RANGE = {
     torch.float64: (torch.float64,),
 }
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
-# The leading fields of a problem, which are its tensors.
-TENSORS = 6
+# How many of the leading fields of a problem are operands, which may need gradients, and how many
+# are tensors. Behind these stand the numbers, in the order of the tensors that they may replace.
+OPERANDS: Final = 4
+TENSORS: Final = 6
 
 
 class Problem(NamedTuple):
@@ -153,6 +156,22 @@ def transition(problem: Problem) -> tuple[float, float]:
 def is_mask(operand: Tensor | None) -> TypeGuard[Tensor]:
     """Whether this operand selects elements instead of multiplying them."""
     return operand is not None and operand.dtype in MASK_DTYPES
+
+
+def split_weights(
+    problem: Problem, as_tensor: Callable[[float], Tensor]
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Return the masks, as bool, and what inside and outside weights multiply by; None is 1."""
+    masks: list[Tensor] = []
+    multipliers: list[Tensor | None] = []
+    for weights, number in zip(problem[2:4], problem[6:8], strict=True):
+        if is_mask(weights):
+            masks.append(weights if weights.dtype == torch.bool else weights != 0)
+            multipliers.append(None)
+        else:
+            multipliers.append(as_tensor(number) if weights is None and number != 1 else weights)
+    inside, outside = multipliers
+    return masks, inside, outside
 
 
 def empty_loss(problem: Problem) -> Tensor:

@@ -6,7 +6,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from fused_smoothl1 import ops
-from fused_smoothl1.problem import Problem
+from fused_smoothl1.problem import OPERANDS, Problem
 
 Placements = list[Placement | None]
 # Outputs and inputs that go together.
@@ -36,7 +36,7 @@ def _everywhere(*arguments: Any) -> Placements:
 def forward_rules(*arguments: Any) -> list[Rule]:
     """Every shard gives its part of the sum, because the divisor is global."""
     *fields, needs = arguments
-    operands, rest = arguments[:4], _everywhere(*arguments[4:])
+    operands, rest = arguments[:OPERANDS], _everywhere(*arguments[OPERANDS:])
     rules: list[Rule] = [([Replicate()] * 3, [*_everywhere(*operands), *rest])]
     for dim in range(operands[0].ndim):
         loss = Partial() if Problem(*fields).reduce else Shard(dim)
@@ -49,7 +49,7 @@ def forward_rules(*arguments: Any) -> list[Rule]:
 def backward_rules(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
     *fields, needs = arguments
-    operands, rest = arguments[:4], _everywhere(*arguments[4:])
+    operands, rest = arguments[:OPERANDS], _everywhere(*arguments[OPERANDS:])
     rules: list[Rule] = [([Replicate()] * 4, [*_everywhere(upstream, *operands), *rest])]
     for dim in range(operands[0].ndim):
         placements = _sharded(dim, *operands)
