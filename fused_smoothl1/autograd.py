@@ -23,8 +23,8 @@ from fused_smoothl1.problem import (
 class SmoothL1(torch.autograd.Function):
     """The loss of a `Problem`, with its gradient computed in the forward pass where that is exact.
 
-    A plain Function: one with `setup_context` inspects signatures at every call, which costs more
-    host time than a small loss takes on a GPU.
+    A plain Function: one with `setup_context` inspects signatures at every call, which costs
+    more host time than a small loss takes on a GPU.
     """
 
     @staticmethod
@@ -42,7 +42,7 @@ class SmoothL1(torch.autograd.Function):
         needs: Needs = ctx.needs_input_grad[:OPERANDS]
         now = gradient_in_forward(problem, needs)
         loss, gradients = backend.forward(problem, needs if now else NOTHING)
-        # In a list, because compiled autograd hands `backward` a context of its own each time.
+        # In a list, because compiled autograd gives `backward` a new context each time.
         ctx.gradients = [gradients] if now else []
         ctx.backend = backend
         ctx.save_for_backward(*problem[:TENSORS])
@@ -55,7 +55,7 @@ class SmoothL1(torch.autograd.Function):
         """Return the gradients of the four operands."""
         (upstream,) = upstreams
         is_plain = is_plain_backward(upstream)
-        # What the forward pass computed is overwritten and handed out, so it serves once.
+        # A saved gradient is overwritten and handed out, so it serves only once.
         gradients: Gradients | None = ctx.gradients.pop() if ctx.gradients else None
         backend: Backend = ctx.backend
         if is_plain and gradients is not None:

@@ -1,9 +1,9 @@
 """The loss as a composition of PyTorch's own operations, which all of PyTorch knows how to treat.
 
-It is what transformations, tracers and compilers see, and what a backward pass goes through whose
-result is to be differentiated again. `F.smooth_l1_loss` is not in it: a compiler makes a new graph
-for every beta of it, its gradient is contiguous whatever its operands are, and it squares before it
-divides, which overflows.
+Transformations, tracers and compilers see it, and a backward pass goes through it if its result is
+differentiated again. `F.smooth_l1_loss` is no part of it: compilers make a new graph for each of
+its betas, its gradient is contiguous whatever the operands are, and it squares before it divides,
+which overflows.
 """
 
 import functools
@@ -38,9 +38,9 @@ class _Elements(NamedTuple):
     loss: Tensor
     """Without the outside weights."""
     slopes: tuple[Tensor, Tensor, Tensor]
-    """Where the loss is linear, and its derivative there and elsewhere, by the weighted difference.
+    """Where the loss is linear, and its derivative by the weighted difference there and elsewhere.
 
-    One tensor of them would be computed in vain where no gradient is asked for.
+    Without a need for gradients, nothing has to combine them.
     """
 
 
@@ -97,12 +97,12 @@ def _elements(problem: Problem) -> _Elements:
     weights = [None if w is None else w.to(dtype) for w in weights]
     selected = functools.reduce(torch.logical_and, masks) if masks else None
     if selected is not None:
-        # Whatever is not selected must be 0 before it meets a product: 0 times NaN is NaN.
-        # (masked_fill would make it contiguous.)
+        # What is not selected must become 0 before any product, because 0 times NaN is NaN.
+        # (masked_fill would return a contiguous tensor.)
         difference = torch.where(selected, difference, 0)
         weights = [None if w is None else torch.where(selected, w, 0) for w in weights]
     inside, outside = weights
-    # What comes first in a product decides the memory format.
+    # The first tensor of a product decides its memory format.
     x = difference if inside is None else difference * inside
     return _Elements(difference, selected, inside, outside, *_smooth_l1(x, problem))
 
@@ -114,20 +114,20 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
     if problem.beta is None:
         beta, inverse_beta = transition(problem)
         if inverse_beta == math.inf:
-            # Only NaN is quadratic then. A product of inf with the zeros in place of the others
-            # would be NaN: it is not selected, but anomaly detection would find it.
+            # Only NaN counts as quadratic then. The other elements are 0 there, and 0 times inf
+            # would be a NaN that nobody selects but anomaly detection reports.
             inverse_beta = 1.0
     else:
         beta, inverse_beta = problem.beta, problem.beta.reciprocal()
     half_beta, half_inverse = _as_tensor(beta / 2, x), _as_tensor(inverse_beta / 2, x)
     beta, inverse_beta = _as_tensor(beta, x), _as_tensor(inverse_beta, x)
-    # (Not abs, whose second derivative is a tensor without memory. Detached, for inf times the
-    # tangent 0 of a sign is NaN.)
+    # (Not abs: its second derivative is a tensor without memory. Detached, because inf times the
+    # zero tangent of a sign would be NaN.)
     sign = x.detach().sign()
     size = sign * x
     is_linear = size >= beta  # NaN counts as quadratic: the sign would make its derivative 0.
-    # What is linear must not reach the other derivative: 0 times inf is NaN. Nor is the loss a
-    # product of two of its parts, because inf - inf is NaN where an upstream gradient is inf.
+    # Linear elements must not reach the quadratic branch's derivative, because 0 times inf is NaN.
+    # Nor may the loss be a product of branches: for infinite upstream gradients, inf - inf is NaN.
     rest = torch.where(is_linear, 0, x)
     loss = torch.where(is_linear, size - half_beta, rest * (rest * half_inverse))
     return loss, (is_linear, sign, rest * inverse_beta)
@@ -137,14 +137,14 @@ def _divided(value: Tensor, problem: Problem) -> Tensor:
     if problem.divisor is not None:
         return value / problem.divisor.to(value.dtype)
     number = problem.divisor_number
-    # A number of elements may be a symbol, and stays one.
+    # A number of elements may be a symbol, and remains one.
     return value / (_as_tensor(number, value) if is_static(number) else number)
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
     """Return the value as a tensor of the same dtype.
 
-    A product of a number and a tensor without dimensions would have a tangent of float64, and
-    where make_fx traces a transform before autograd, no product with a number is possible at all.
+    The product of a number and a tensor without dimensions would have a float64 tangent, and where
+    make_fx traces a transform before autograd, products with numbers are not possible at all.
     """
     return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)

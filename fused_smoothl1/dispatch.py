@@ -66,7 +66,7 @@ def backend_on(device: torch.device) -> Backend:
 def is_plain(values: tuple[Any, ...]) -> bool:
     """Whether PyTorch executes this call as it stands, with nothing between it and the tensors.
 
-    What is between must see operations that it knows, not a kernel launch or a write into memory.
+    Whatever is in between must see operations that it knows, not a launch or a write into memory.
     The first of the values is a tensor.
     """
     return (
@@ -76,7 +76,7 @@ def is_plain(values: tuple[Any, ...]) -> bool:
         and not is_watched()
         # Tensors without data, of which only the operators' results are known.
         and not values[0].is_meta
-        # DTensor, FakeTensor and other subclasses; symbols in the place of numbers.
+        # DTensor, FakeTensor and other subclasses, and symbols in the place of numbers.
         and PLAIN_TYPES.issuperset(map(type, values))
     )
 

@@ -2,7 +2,8 @@
 
 `forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, with few of
 PyTorch's own operations over whole tensors: their number is what costs, in a small call and
-wherever other processes want the cores too.
+wherever other processes want the cores too. The divisor may be a tensor here, but beta is a number:
+where it is none, somebody traces or transforms the call, and gets the composition.
 """
 
 import math
@@ -55,8 +56,8 @@ def own_loss(problem: Problem) -> Tensor | None:
     None if there are weights, a normalizer or several dtypes, if its gradient would have another
     memory format than the input, or if it is so large that the gradient is better made with it.
     """
-    input, target, inside, outside, divisor, beta_tensor, *_ = problem
-    if not (inside is outside is divisor is beta_tensor is None):
+    input, target, inside, outside, divisor, *_ = problem
+    if not (inside is outside is divisor is None):
         return None
     # (The strides of dimensions of size 1 may be anything.)
     if 1 in input.shape and input.stride() != torch.empty(input.shape, device="meta").stride():
@@ -131,19 +132,10 @@ def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: N
     return backward(problem, upstream, needs)
 
 
-def _transition(problem: Problem) -> tuple[Any, Any]:
-    """Return beta and 1 / beta; a tensor is kept from 0, which nothing can be divided by."""
-    if problem.beta is None:
-        return transition(problem)
-    beta = problem.beta.clamp(min=torch.finfo(problem.compute_dtype).tiny)
-    return beta, beta.reciprocal()
-
-
 def _exact_beta(problem: Problem) -> float | None:
     """Return beta if PyTorch's own loss keeps the contract for it, else None."""
     beta, _ = transition(problem)
-    is_exact = problem.beta is None and (beta == 0 or LEAST_BETA <= beta <= MOST_BETA)
-    return beta if is_exact else None
+    return beta if beta == 0 or LEAST_BETA <= beta <= MOST_BETA else None
 
 
 def _few_rows(problem: Problem) -> Tensor | None:
@@ -166,7 +158,6 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
     So few at a time that a thread takes them by itself, and waits for no other one.
     """
     input = problem.input
-
     grad_input = torch.zeros_like(input) if needs[0] else None
     grad_target = torch.zeros_like(input, dtype=problem.target.dtype) if needs[1] else None
     losses: list[Tensor] = []
@@ -224,7 +215,7 @@ def _losses(
     if exact_beta is not None:
         smooth_l1(left, right, NONE, exact_beta, out=losses)
     else:  # The slope times (x - clamp(x) / 2), where nothing is squared.
-        beta, inverse_beta = _transition(problem)
+        beta, inverse_beta = transition(problem)
         slopes = (left * inverse_beta).clamp_(-1, 1)
         torch.clamp(left, -beta, beta, out=losses).mul_(-0.5).add_(left).mul_(slopes)
     if weights is not None:
@@ -247,17 +238,17 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
     A weighted difference among the terms is overwritten.
     """
     left, right, inside, outside, masks = terms
-    beta, inverse_beta = _transition(problem)
+    beta, inverse_beta = transition(problem)
     grad_input = grad_target = grad_inside = None
     if right is problem.target:
         gradient = torch.empty_like(left)
         above = _number(problem, 1.0) if upstream is None else upstream
         smooth_l1_gradient(above, left, right, NONE, beta, grad_input=gradient)
     else:
-        if problem.beta is None and beta == 0:  # The least number above 0 becomes 1.
+        if beta == 0:  # The least number above 0 becomes 1.
             left.div_(torch.finfo(left.dtype).tiny)
             inverse_beta = 1 / torch.finfo(left.dtype).eps
-        if problem.beta is not None or beta != 1:
+        if beta != 1:
             left.mul_(inverse_beta)
         gradient = left.clamp_(-1, 1)
         for weights in (upstream, outside):

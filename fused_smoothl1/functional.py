@@ -111,7 +111,7 @@ def smooth_l1_loss(
         >>> loss.backward()
     """
     tensors = (input, target, inside_weights, outside_weights, normalizer)
-    # As PyTorch's own functions: torch.fx records this call, and subclasses may have it their way.
+    # Like PyTorch's own functions: torch.fx records this call, and a subclass may override it.
     if has_torch_function(tensors):
         options: Any = {"sigma": sigma, "beta": beta, "reduction": reduction}
         options["normalizer"] = normalizer
@@ -126,14 +126,15 @@ def smooth_l1_loss(
     inside, inside_number = _weights("inside_weights", inside_weights, input)
     outside, outside_number = _weights("outside_weights", outside_weights, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
+    sigma_number, beta_number = _transition(sigma, beta)
     problem = make_problem(
         *(input, target, inside, outside, divisor, None),
-        *(inside_number, outside_number, divisor_number, _transition(sigma, beta)),
+        *(inside_number, outside_number, divisor_number, beta_number),
         reduction != "none",
     )
     if not is_plain(problem):
         _load_sharding()
-        return ops.smooth_l1(problem)
+        return ops.smooth_l1(problem, sigma_number)
     backend = backend_for(input)
     if backend is eager:
         own = eager.own_loss(problem)
@@ -191,7 +192,7 @@ def _weights(name: str, weights: Any, input: Tensor) -> tuple[Tensor | None, flo
         return None, 1.0
     if not isinstance(weights, Tensor):
         if isinstance(weights, bool):
-            # A mask as well, of all elements or of none.
+            # This is a mask too, of all elements or of none.
             return torch.full((), weights, device=input.device), 1.0
         if isinstance(weights, (Real, *SYMBOLS)):
             return None, _number(name, weights)
@@ -212,13 +213,13 @@ def _weights(name: str, weights: Any, input: Tensor) -> tuple[Tensor | None, flo
 def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
     if not is_dynamo_compiling():
         return tensor.shape == shape
-    # One by one, because a comparison of all would ask for what only the data decide.
+    # Size by size: comparing whole shapes would guard on sizes that depend on data.
     return tensor.dim() == len(shape) and all(map(_equal, tensor.shape, shape))
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     if not is_dynamo_compiling() and type(math.prod((*shape, *to))) is int and shape == to:
-        return True  # As often, and a tracer has put no symbol in the place of a size.
+        return True  # The common case; sizes that are symbols are compared below.
     # Lengths first: comparing symbolic sizes adds guards.
     if len(shape) > len(to):
         return False
@@ -229,35 +230,35 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _equal(size: int, other: int) -> bool:
-    """Whether two sizes are equal; what only the data decide is checked when they are there."""
+    """Whether two sizes are equal; sizes that depend on data are checked at run time."""
     equal = may_hold(size == other)
     if equal and is_dynamo_compiling():
         torch._check(size == other)
     return equal
 
 
-def _transition(sigma: float | None, beta: float | None) -> float:
-    """Return beta as a number."""
+def _transition(sigma: float | None, beta: float | None) -> tuple[float | None, float]:
+    """Return sigma as a number, or None without one, and beta."""
     if sigma is not None and beta is not None:
         raise ValueError(
             f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}: "
             "beta is 1 / sigma ** 2"
         )
     if sigma is not None:
-        root = _number("sigma", sigma)
-        if not may_hold(root > 0):
+        number = _number("sigma", sigma)
+        if not may_hold(number > 0):
             raise ValueError(f"sigma must be in (0, inf], got {sigma}")
-        return 1.0 / root / root
+        return number, 1.0 / number / number
     if beta is not None:
         number = _number("beta", beta)
         if not (may_hold(number >= 0) and may_hold(number < math.inf)):
             raise ValueError(f"beta must be in [0, inf), got {beta}")
-        return number
-    return 1.0
+        return None, number
+    return None, 1.0
 
 
 def _number(name: str, value: Any, otherwise: str = "") -> float:
-    if type(value) is float:  # As nearly always: to ask whether something is Real takes long.
+    if type(value) is float:  # The common case; isinstance(value, Real) is slow.
         return value
     if isinstance(value, SYMBOLS):
         return cast(float, torch.sym_float(value))
@@ -317,5 +318,5 @@ def _divisor(reduction: str, normalizer: Any, input: Tensor) -> tuple[Tensor | N
 
 
 def _at_least_one(size: Any) -> tuple[Tensor | None, float]:
-    # torch.jit.trace has tensors for sizes, and would record the 1 for all of them.
+    # Under torch.jit.trace sizes are tensors, and max() would record a constant.
     return (size.clamp(min=1), 1.0) if isinstance(size, Tensor) else (None, max(size, 1))

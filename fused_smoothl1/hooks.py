@@ -1,8 +1,8 @@
-"""What PyTorch has under private names only, each with the reason why it is needed.
+"""The private names of PyTorch that this package needs, each with the reason.
 
-All of them are in every version of PyTorch that `pyproject.toml` allows, as far as there are any
-yet. Where one is missing, importing this package fails with its name, or the first call does where
-a comment says so: a guess at what surrounds a call could be a wrong gradient.
+All of them exist in every version of PyTorch that the package is tested with. Where one is missing,
+importing the package fails and names it, unless a comment here says what happens instead. There is
+no fallback: a wrong guess about what surrounds a call could mean a wrong gradient.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,21 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _TorchDispatchModeKey,
 )
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-# What F.smooth_l1_loss calls. That has no argument for where to put the result.
+# What F.smooth_l1_loss calls, which itself has no argument `out`.
 smooth_l1: Any = torch._C._nn.smooth_l1_loss
-# Inside, operators are executed as if nothing required a gradient, whoever is to differentiate.
+# A context in which operators run below autograd: their results need no gradient.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
-# torch.vmap over autograd.grad, as it was before functorch: is_grads_batched=True.
+# For is_grads_batched=True PyTorch still has the vmap from before functorch.
 is_legacy_batched: Callable[[Tensor], bool] = is_legacy_batchedtensor
-# An upstream gradient of zeros may have no memory that a kernel could read.
+# An upstream gradient of zeros may have no memory for a kernel to read.
 has_no_memory: Callable[[Tensor], bool] = Tensor._is_zerotensor
 
-# What tracers put in the place of numbers. (torch.compile shows numbers where it has symbols.)
+# What tracers use in the place of numbers. (Code that torch.compile traces sees plain numbers.)
 SYMBOLS = (torch.SymFloat, torch.SymInt)
 PRE_DISPATCH = DispatchKey.PreDispatch
 
@@ -45,10 +41,10 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def untraced(function: Function) -> Function:
-    """Keep torch.compile out of a function, and of all that it calls, where the function is run.
+    """Keep torch.compile out of a function and all that it calls, where the function is run.
 
-    Where torch.compile has given up on a function, it goes on to look into each call that runs in
-    it. (To disable it in the documented way would import all of it, and Triton with it.)
+    Where torch.compile gives up on a caller, it still tries to compile each function that the
+    caller runs. (torch.compiler.disable would import all of torch.compile, and Triton with it.)
     """
     skip = _FrameAction.SKIP
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(skip, skip))
@@ -58,27 +54,27 @@ def untraced(function: Function) -> Function:
 def traced_as_constant(function: Function) -> Function:
     """Let torch.compile call a function while it traces, instead of tracing it.
 
-    As torch.compiler.assume_constant_result does, which would import all of torch.compile. Where a
-    version does not know the attribute, it traces the function, and says what it cannot trace.
+    torch.compiler.assume_constant_result does the same, but imports all of torch.compile. A version
+    that does not know the attribute would trace the function, and name what it cannot trace.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return `apply` of an autograd Function for calls around which no transform is active.
+    """Return `apply` of an autograd Function for calls without any transform around them.
 
     Function.apply itself looks for functorch's transforms first, at each call and for each
-    argument. This is its base's, in C++.
+    argument. This is the method of its base class, in C++.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
 def new_library(name: str) -> torch.library.Library:
-    """Return a library that defines operators of this namespace, and nobody else does.
+    """Return the only library that defines operators in this namespace.
 
-    Operators outlive the module that defined them: where that is imported anew, they would be
-    defined twice.
+    Operators outlive the module that defined them. If it is imported again, they would be defined
+    twice.
     """
     namespace = getattr(torch.ops, name)
     if hasattr(namespace, "_library"):
@@ -89,14 +85,14 @@ def new_library(name: str) -> torch.library.Library:
 
 @traced_as_constant
 def is_transformed() -> bool:
-    """Whether something is at work that has to see the operations of which the loss is composed."""
+    """Whether a transform is active, which must see the operations that the loss is composed of."""
     return (
         # torch.func: vmap, grad, jvp and all that is made of them. Their tensors look plain.
         _are_functorch_transforms_active()
         # torch.autograd.forward_ad: only operations know which tensors have a tangent. (Where the
         # level is missing, the first call raises.)
         or forward_ad._current_level >= 0
-        # torch.jit.trace would take what a kernel writes for a constant.
+        # torch.jit.trace would record what a kernel writes as a constant.
         or _get_tracing_state() is not None
     )
 
@@ -104,7 +100,7 @@ def is_transformed() -> bool:
 def is_watched() -> bool:
     """Whether make_fx, FakeTensorMode or another mode sees every operation.
 
-    Those that see it before autograd does have a stack of their own.
+    Modes that act before autograd have a stack of their own.
     """
     return _len_torch_dispatch_stack() > 0 or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
 
@@ -117,7 +113,7 @@ def is_recorded() -> bool:
 
 
 def is_static(number: float | torch.SymFloat | torch.SymInt) -> bool:
-    """Whether this is a number, not what a tracer has put in its place to serve all numbers."""
+    """Whether this is a number, and not a symbol that a tracer uses for any number."""
     if not is_dynamo_compiling() and not isinstance(number, SYMBOLS):
         return True
     # Imported here because it imports SymPy, which is loaded only where somebody traces.
@@ -127,7 +123,7 @@ def is_static(number: float | torch.SymFloat | torch.SymInt) -> bool:
 
 
 def may_hold(condition: bool) -> bool:
-    """Whether a condition holds, or might: a tracer does not know the numbers that data decide."""
+    """Whether a condition holds or may hold: a tracer does not know numbers that depend on data."""
     if not is_dynamo_compiling() and not isinstance(condition, torch.SymBool):
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import guard_or_true

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from fused_smoothl1.hooks import has_no_memory, untraced
 from fused_smoothl1.kernel import scale_kernel, smooth_l1_kernel
-from fused_smoothl1.layout import (
-    Ints,
-    broadcast_strides,
-    collapse,
-    contiguous_strides,
-    extent,
-)
+from fused_smoothl1.layout import Ints, broadcast_strides, collapse, contiguous_strides, extent
 from fused_smoothl1.problem import (
+    OPERANDS,
     Gradients,
     Needs,
     Problem,
@@ -119,15 +114,15 @@ def _launch(
     unless_one: bool = False,
     is_recorded: bool = False,
 ) -> None:
-    input, target, inside, outside, divisor, beta, *_ = problem
-    operands = tuple(map(_stored, (input, target, inside, outside, upstream)))
+    input = problem.input
+    operands = tuple(map(_stored, (*problem[:OPERANDS], upstream)))
     outputs = [t for t in (None if problem.reduce else loss, *gradients) if t is not None]
     numel = input.numel()
     plan = _plan(
         tuple(input.shape),
         outputs[0].stride() if outputs else input.stride(),
         tuple(None if t is None else (tuple(t.shape), t.stride()) for t in operands),
-        min(t.element_size() for t in (input, target, *outputs)),
+        min(t.element_size() for t in (input, problem.target, *outputs)),
     )
     programs = _programs(input.device, numel, plan.block)
     reduces = problem.reduce and loss is not None
@@ -140,8 +135,8 @@ def _launch(
         try:
             smooth_l1_kernel[(programs,)](
                 operands,
-                _stored(divisor),
-                beta,
+                _stored(problem.divisor),
+                problem.beta,
                 loss,
                 gradients,
                 partials,

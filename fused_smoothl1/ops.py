@@ -11,15 +11,9 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from fused_smoothl1 import composition
+from fused_smoothl1 import composition, eager
 from fused_smoothl1.dispatch import backend_for, is_eager
-from fused_smoothl1.hooks import (
-    below_autograd,
-    is_recorded,
-    is_static,
-    is_transformed,
-    new_library,
-)
+from fused_smoothl1.hooks import below_autograd, is_recorded, is_static, is_transformed, new_library
 from fused_smoothl1.problem import (
     LARGEST,
     NOTHING,
@@ -55,13 +49,17 @@ for schema in (
 FORWARD = torch.ops.fused_smoothl1.forward.default
 BACKWARD = torch.ops.fused_smoothl1.backward.default
 FIELDS = len(Problem._fields)
+BETA = Problem._fields.index("beta")
 
 Results = tuple[Tensor, ...]
 
 
-def smooth_l1(problem: Problem) -> Tensor:
-    """Return the loss by operations that PyTorch's transformations can look through."""
-    problem = _without_symbols(problem)
+def smooth_l1(problem: Problem, sigma: float | None = None) -> Tensor:
+    """Return the loss by operations that PyTorch's transformations can look through.
+
+    `sigma` is given if `beta_number` was computed from it.
+    """
+    problem = _without_symbols(problem, sigma)
     # The composition has every derivative and every batching rule, which the transforms of
     # functorch need; and in eager PyTorch it is what a compiler fuses best.
     if is_transformed() or is_eager(problem.input.device):
@@ -77,23 +75,25 @@ def needs_of(problem: Problem) -> Needs:
     return a, b, c, d
 
 
-def _without_symbols(problem: Problem) -> Problem:
+def _without_symbols(problem: Problem, sigma: float | None) -> Problem:
     """Return the problem with tensors in the place of the symbols that a tracer has for numbers.
 
-    Whatever else takes such a symbol is compiled anew for every value. Numbers of elements may stay
-    symbols.
+    Whatever takes such a symbol itself is compiled anew for every value. Numbers of elements may
+    stay symbols.
     """
     fields: list[Any] = list(problem)
-    for tensor in range(2, TENSORS):
-        number = tensor + 4
-        if isinstance(fields[number], (float, torch.SymFloat)) and not is_static(fields[number]):
-            # (Made by new_ones, under torch.vmap the product would be compiled for every value.)
-            one = torch.ones((), dtype=problem.compute_dtype, device=problem.input.device)
-            fields[tensor], fields[number] = one * fields[number], 1.0
+    for tensor, number in enumerate(fields[TENSORS : TENSORS + 4], start=2):
+        if isinstance(number, (float, torch.SymFloat)) and not is_static(number):
+            # (With new_ones, the product would be compiled for every value under torch.vmap.)
+            one: Any = torch.ones((), dtype=problem.compute_dtype, device=problem.input.device)
+            fields[tensor], fields[tensor + 4] = one * number, 1.0
+            if tensor == BETA and sigma is not None:
+                # PyTorch 2.11 compiles a quotient of symbols for every value.
+                fields[tensor] = one / sigma / sigma
     problem = Problem(*fields)
     if problem.beta is None:
         return problem
-    # As `transition` does for a number: beta must be finite.
+    # Finite, as `transition` makes a number.
     return problem._replace(beta=problem.beta.clamp(max=LARGEST[problem.compute_dtype]))
 
 
@@ -111,11 +111,16 @@ class _Shapes:
         return sum_to_weights(problem, empty_gradients(problem, needs))
 
 
-def _results(arguments: tuple[Any, ...], backend: Any = None) -> Results:
-    """Return the results of an operator for its arguments, from this backend or the device's."""
+def _computed(*arguments: Any) -> Results:
+    """Return the results of an operator by the kernel, or where that cannot be, the composition."""
+    backend = backend_for(Problem(*arguments[-FIELDS - 1 : -1]).input)
+    return _results(arguments, composition if backend is eager else backend)
+
+
+def _results(arguments: tuple[Any, ...], backend: Any) -> Results:
+    """Return the results of an operator for its arguments, from this backend."""
     *upstream, needs = arguments
     problem = Problem(*upstream[-FIELDS:])
-    backend = backend or backend_for(problem.input)
     results: tuple[Tensor | None, ...]
     if len(upstream) > FIELDS:
         results = backend.backward(problem, upstream[0], needs)
@@ -154,12 +159,12 @@ class _Differentiable(torch.autograd.Function):
         needs = tuple(needed[:OPERANDS])
         if (
             needs == tuple(needs_in_forward)
-            # A graph of make_fx cuts off what is saved, and could not be differentiated again.
+            # A graph of make_fx cuts off what is saved, so it could not be differentiated again.
             and not is_recorded()
             # A product with what is not finite would make NaN of what masks exclude.
             and not has_masks
         ):
-            # In the wider dtype: a product of 16 bits with float32 may round the latter first.
+            # In the wider dtype: a product of 16 bits and float32 may round the latter first.
             products = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in saved)
             gradients = (*products, None, None)
         else:
@@ -173,7 +178,7 @@ def _pulled_back(
 ) -> tuple[Tensor | None, ...]:
     """Return the needed gradients of an operator, differentiable again."""
     with torch.enable_grad():
-        # (By views, because what the arguments were computed from is not to be differentiated.)
+        # (Through views, so that nothing beyond the arguments themselves is differentiated.)
         views = tuple(
             v.view_as(v) if need else v for v, need in zip(arguments, needed, strict=True)
         )
@@ -199,14 +204,14 @@ def _register(operator: Any) -> None:
     name = operator.__name__.partition(".")[0]
 
     def differentiable(*arguments: Any) -> Results:
-        # A graph that was captured before may be transformed now. The Function would lose the
-        # tangents, and functorch refuses it.
+        # A graph that was captured earlier may be transformed now. Functorch refuses the Function,
+        # which would lose tangents.
         if is_transformed():
             return _results(arguments, composition)
         results: Results = _Differentiable.apply(operator, *arguments)
         return results
 
-    library.impl(name, lambda *arguments: _results(arguments), "CompositeExplicitAutograd")
+    library.impl(name, _computed, "CompositeExplicitAutograd")
     library.impl(name, differentiable, "Autograd")
     torch.library.register_fake(operator, lambda *a: _results(a, _Shapes), lib=library)
 

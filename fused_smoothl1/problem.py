@@ -74,7 +74,7 @@ def make_problem(
     reduce: bool = True,
 ) -> Problem:
     """Return the problem with the dtypes that its operands lead to."""
-    # As torch.promote_types, which would leave an operation of its own in a traced graph.
+    # As torch.promote_types, which would add an operation of its own to a traced graph.
     promoted, has_masks = input.dtype, False
     for operand in (target, inside, outside):
         if operand is not None and operand.dtype != promoted:
@@ -113,7 +113,7 @@ class Backend(Protocol):
     ) -> Gradients | None:
         """Multiply what `forward` returned by an upstream gradient, overwriting it.
 
-        Or return None where the product may make NaN of what masks exclude: where the upstream
+        Return None where the product could make NaN of what masks exclude, because the upstream
         gradient is not known to be finite.
         """
         ...
@@ -128,9 +128,9 @@ class Backend(Protocol):
 def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     """Whether the forward pass may compute the gradients for an upstream gradient of 1.
 
-    Not in a dtype of less range than the arithmetic's: in float16, gradients without the upstream
-    gradient of a loss scaler in them underflow. Not for weights: their gradients need temporaries,
-    and are summed up to another shape.
+    Not in a dtype of less range than the arithmetic's: without a loss scaler's upstream gradient in
+    them, float16 gradients underflow. Not for weights: their gradients need temporaries and are
+    summed to another shape.
     """
     needs_input, needs_target, needs_inside, needs_outside = needs
     wide = FULL_RANGE[problem.compute_dtype]
@@ -145,11 +145,10 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
 def transition(problem: Problem) -> tuple[float, float]:
     """Return the number beta, finite in the dtype of arithmetic, and its inverse.
 
-    The latter is inf where the loss is L1: for a beta of 0, or one of which that dtype has no
-    inverse.
+    The inverse is inf where the loss is L1: if beta is 0, or so small that its inverse overflows.
     """
     beta, largest = problem.beta_number, LARGEST[problem.compute_dtype]
-    # Beyond the largest number there is no difference either.
+    # No difference lies beyond the largest number either.
     return (min(beta, largest), 1.0 / beta) if beta * largest >= 1.0 else (0.0, math.inf)
 
 

@@ -1,6 +1,7 @@
 """What CONTRIBUTING says of the package's architecture is true of the code."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def _drawn() -> set[tuple[str, str]]:
     arrows: set[tuple[str, str]] = set()
     for line in re.findall(r"^ +(\w+ -->.*)$", TEXT, re.MULTILINE):
         nodes = [part.split(" & ") for part in line.split(" --> ")]
-        for tails, heads in zip(nodes, nodes[1:], strict=False):
+        for tails, heads in itertools.pairwise(nodes):
             arrows |= {(tail, head) for tail in tails for head in heads}
     return arrows
 
