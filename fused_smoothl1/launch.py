@@ -179,17 +179,18 @@ def _plan(
     `itemsize` is the smallest of the dense operands', in bytes: it decides how many elements a
     wide access moves.
     """
-    expanded = [broadcast_strides(*o, shape) for o in operands if o is not None]
-    sizes, (dense, *collapsed) = collapse(shape, (order, *expanded))
+    nothing = (), ()  # broadcasts to every shape, and changes no plan
+    expanded = (broadcast_strides(*(operand or nothing), shape) for operand in operands)
+    sizes, (dense, *walks) = collapse(shape, (order, *expanded))
     dense = contiguous_strides(sizes)
     numel = dense[0] * sizes[0]
-    longest = max(extent(sizes, strides) for strides in (dense, *collapsed))
+    longest = max(extent(sizes, strides) for strides in (dense, *walks))
 
     lanes = WIDEST_ACCESS // itemsize
     block = min(TILE_BYTES // itemsize, MOST_ELEMENTS)
     aligned = False
-    has_walks = any(any(strides) and strides != dense for strides in collapsed)
-    if has_walks:
+    needs_walk = any(any(strides) and strides != dense for strides in walks)
+    if needs_walk:
         fitting = lanes
         while sizes[-1] % fitting:
             fitting //= 2
@@ -197,28 +198,28 @@ def _plan(
         aligned = fitting * 2 >= lanes
         lanes = fitting if aligned else lanes
 
-    def access(strides: Ints | None) -> tuple[str | None, Ints | None]:
-        if strides is None:
-            return None, None
+    def access(strides: Ints) -> str:
         if not any(strides):
-            return "scalar", None
+            return "scalar"
         if strides == dense:
-            return "flat", None
+            return "flat"
         if aligned and strides[-1] == 0:
-            return "row", strides
+            return "row"
         if aligned and strides[-1] == 1 and not any(step % lanes for step in strides[:-1]):
-            return "vector", strides
-        return "strided", strides
+            return "vector"
+        return "strided"
 
-    walks = iter(collapsed)
-    accesses = [access(None if operand is None else next(walks)) for operand in operands]
+    kinds = [operand and access(strides) for operand, strides in zip(operands, walks, strict=True)]
     if aligned:
         # Rows of one group, as boxes are, make this 1: Triton then compiles no division by it.
         sizes = (*sizes[:-1], sizes[-1] // lanes)
     return Plan(
-        sizes=sizes if has_walks else None,
-        strides=tuple(strides for _, strides in accesses),
-        access=tuple(kind for kind, _ in accesses),
+        sizes=sizes if needs_walk else None,
+        strides=tuple(
+            strides if kind in ("row", "vector", "strided") else None
+            for kind, strides in zip(kinds, walks, strict=True)
+        ),
+        access=tuple(kinds),
         aligned=aligned,
         lanes=lanes,
         block=block,

@@ -279,7 +279,7 @@ def test_compile_of_a_transform(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vmap_rule_of_forward(dtype: torch.dtype, backend: str, device: str) -> None:
+def test_vmap_of_the_forward_operator(dtype: torch.dtype, backend: str, device: str) -> None:
     """Batches at any dimension, of some operands only: what a loop over the samples gives."""
     inputs, targets, inside, outside = (
         gaussian(*shape, seed=seed, dtype=dtype, device=device)
@@ -304,7 +304,7 @@ def test_vmap_rule_of_forward(dtype: torch.dtype, backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("reduce", [False, True])
-def test_vmap_rule_of_backward(reduce: bool, backend: str, device: str) -> None:
+def test_vmap_of_the_backward_operator(reduce: bool, backend: str, device: str) -> None:
     inputs, target = gaussian(3, 6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
     inside, outside = gaussian(3, 4, seed=3, device=device), gaussian(6, 1, seed=4, device=device)
     upstreams = gaussian(*((3,) if reduce else (6, 4, 3)), seed=5, device=device)
@@ -320,7 +320,7 @@ def test_vmap_rule_of_backward(reduce: bool, backend: str, device: str) -> None:
         torch.testing.assert_close(batch, torch.stack([sample[position] for sample in loop]))
 
 
-def test_vmap_rule_with_a_mask(backend: str, device: str) -> None:
+def test_vmap_of_the_operator_with_a_mask(backend: str, device: str) -> None:
     """One mask for all samples, and NaN where it does not select."""
     inputs, mask = gaussian(3, 6, 4, seed=1, device=device), coin(6, 1, seed=2, device=device)
     inputs[:, ~mask[:, 0]] = float("nan")
