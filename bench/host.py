@@ -55,7 +55,7 @@ class _Idle:
         self._loss, self._gradient = input.new_zeros(()), torch.zeros_like(input)
 
     def forward(
-        self, problem: Problem, needs: Needs, *, is_recorded: bool = False
+        self, problem: Problem, needs: Needs, *, may_be_replayed: bool = False
     ) -> tuple[Tensor, Gradients]:
         # (Were somebody else to hold it too, autograd would copy the gradient.)
         return self._loss.detach(), (self._gradient.detach(), None, None, None)

@@ -9,7 +9,7 @@ from fused_smoothl1 import composition
 from fused_smoothl1.dispatch import is_plain_backward
 from fused_smoothl1.hooks import apply_of, untraced
 from fused_smoothl1.problem import (
-    NOTHING,
+    NO_NEEDS,
     OPERANDS,
     TENSORS,
     Backend,
@@ -38,12 +38,12 @@ class SmoothL1(torch.autograd.Function):
         problem: Problem,
         backend: Backend,
     ) -> Tensor:
-        """Compute the loss; the operands stand beside `problem` for autograd to see them."""
+        """Compute the loss; the operands are arguments too, so that autograd sees them."""
         needs: Needs = ctx.needs_input_grad[:OPERANDS]
-        now = gradient_in_forward(problem, needs)
-        loss, gradients = backend.forward(problem, needs if now else NOTHING)
+        in_forward = gradient_in_forward(problem, needs)
+        loss, gradients = backend.forward(problem, needs if in_forward else NO_NEEDS)
         # In a list, because compiled autograd gives `backward` a new context each time.
-        ctx.gradients = [gradients] if now else []
+        ctx.gradients = [gradients] if in_forward else []
         ctx.backend = backend
         ctx.save_for_backward(*problem[:TENSORS])
         ctx.options = problem[TENSORS:]

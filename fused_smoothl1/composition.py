@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fused_smoothl1.hooks import is_static, may_hold
 from fused_smoothl1.problem import (
+    NO_GRADIENTS,
     Gradients,
     Needs,
     Problem,
+    beta_and_inverse,
     split_weights,
     sum_to_weights,
-    transition,
 )
 
 
@@ -38,9 +39,9 @@ class _Elements(NamedTuple):
     loss: Tensor
     """Without the outside weights."""
     slopes: tuple[Tensor, Tensor, Tensor]
-    """Where the loss is linear, and its derivative by the weighted difference there and elsewhere.
+    """Where the loss is linear, its slope there, and its slope elsewhere.
 
-    Without a need for gradients, nothing has to combine them.
+    They are combined only where a gradient is needed.
     """
 
 
@@ -51,12 +52,12 @@ def loss(problem: Problem) -> Tensor:
     if problem.reduce:
         # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
         may_be_empty = may_hold(problem.input.numel() == 0)
-        value = _divided(value, problem).sum() if may_be_empty else _divided(value.sum(), problem)
+        value = _quotient(value, problem).sum() if may_be_empty else _quotient(value.sum(), problem)
     return value.to(problem.loss_dtype)
 
 
 def forward(
-    problem: Problem, needs: Needs, *, is_recorded: bool = False
+    problem: Problem, needs: Needs, *, may_be_replayed: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss, and the needed gradients for an upstream gradient of 1."""
     value = loss(problem)
@@ -66,17 +67,17 @@ def forward(
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients connected to the graph of the operands and of `upstream`."""
     if not any(needs):
-        return None, None, None, None
+        return NO_GRADIENTS
     needs_input, needs_target, needs_inside, needs_outside = needs
     parts = _elements(problem)
 
     def selected(gradient: Tensor) -> Tensor:
         return gradient if parts.selected is None else torch.where(parts.selected, gradient, 0)
 
-    above = _divided(upstream, problem) if problem.reduce else upstream
-    grad_outside = selected(parts.loss * above) if needs_outside else None
+    scale = _quotient(upstream, problem) if problem.reduce else upstream
+    grad_outside = selected(parts.loss * scale) if needs_outside else None
     slope = torch.where(*parts.slopes)
-    grad_x = slope * (above if parts.outside is None else parts.outside * above)
+    grad_x = slope * (scale if parts.outside is None else parts.outside * scale)
     grad_inside = selected(parts.difference * grad_x) if needs_inside else None
     gradient = selected(grad_x if parts.inside is None else grad_x * parts.inside)
     return sum_to_weights(
@@ -112,7 +113,7 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
     beta: Tensor | float
     inverse_beta: Tensor | float
     if problem.beta is None:
-        beta, inverse_beta = transition(problem)
+        beta, inverse_beta = beta_and_inverse(problem)
         if inverse_beta == math.inf:
             # Only NaN counts as quadratic then. The other elements are 0 there, and 0 times inf
             # would be a NaN that nobody selects but anomaly detection reports.
@@ -133,12 +134,12 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
     return loss, (is_linear, sign, rest * inverse_beta)
 
 
-def _divided(value: Tensor, problem: Problem) -> Tensor:
+def _quotient(value: Tensor, problem: Problem) -> Tensor:
     if problem.divisor is not None:
         return value / problem.divisor.to(value.dtype)
-    number = problem.divisor_number
+    divisor = problem.divisor_number
     # A number of elements may be a symbol, and remains one.
-    return value / (_as_tensor(number, value) if is_static(number) else number)
+    return value / (_as_tensor(divisor, value) if is_static(divisor) else divisor)
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _triton_on(device: torch.device) -> tuple[Backend | None, str]:
             return None, f"Triton needs compute capability 7.5, and {device} has {capability}"
     if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return None, f"the kernel adds up in float64, which {device} does not have"
-    # Imported here because it imports Triton, which importing this package must not need.
+    # Imported here, because importing this package must not import Triton.
     try:
         from fused_smoothl1 import launch
     except ImportError as error:

@@ -1,9 +1,8 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
-`forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, with few of
-PyTorch's own operations over whole tensors: their number is what costs, in a small call and
-wherever other processes want the cores too. The divisor may be a tensor here, but beta is a number:
-where it is none, somebody traces or transforms the call, and gets the composition.
+`forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, in few operations
+over whole tensors: each of them costs, in small calls and on busy cores. The divisor may be a
+tensor, but beta is always a number here: traced and transformed calls get the composition.
 """
 
 import math
@@ -14,72 +13,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_smoothl1.hooks import smooth_l1, untraced
+from fused_smoothl1.hooks import torch_smooth_l1, untraced
 from fused_smoothl1.problem import (
+    NO_GRADIENTS,
     OPERANDS,
     Gradients,
     Needs,
     Problem,
+    beta_and_inverse,
     is_mask,
     split_weights,
     sum_to_weights,
-    transition,
 )
 
 # The gradient of PyTorch's own loss, and how it numbers the reductions.
 smooth_l1_gradient: Any = torch.ops.aten.smooth_l1_loss_backward.grad_input
 NONE, MEAN, SUM = 0, 1, 2
-# They square the difference, or multiply it by the upstream gradient, before they divide by beta.
+# Both square the difference, or multiply it by the upstream gradient, before they divide by beta.
 # Outside of this range of betas, ordinary numbers would underflow or overflow on the way.
 LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-NO_GRADIENTS: Gradients = (None, None, None, None)
 
-# Numbers of elements, measured (bench/RESULTS.md): from which on it pays to make the gradient with
-# the loss, of whose losses to hold at once, that PyTorch leaves to one thread, and from which on it
-# pays to gather selected rows, if they are at most this share of all.
-LARGE = 1 << 18
-PART = 1 << 22
-ALONE = (1 << 15) - 1
-MANY, FEW = 1 << 17, 1 / 8
+# Numbers of elements, as measured (bench/RESULTS.md).
+LARGE = 1 << 18  # From here on it pays to compute the gradient with the loss.
+PART = 1 << 22  # So many losses are held at once.
+ALONE = (1 << 15) - 1  # So many PyTorch leaves to one thread.
+MANY = 1 << 17  # From here on it pays to gather selected rows,
+FEW = 1 / 8  # if they are at most this share of all.
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
-# Two tensors, then the inside and the outside weights (None stands for 1), and the masks. The
-# difference of the first two is the weighted one: they are input and target if these are all there
-# is, else that difference itself, in the compute dtype and 0 where not selected, and a 0-d 0.
+# Left, right, inside and outside weights (None is 1), and masks. Left minus right is the weighted
+# difference: they are input and target if nothing alters these, else that difference, in the
+# compute dtype and 0 where not selected, and a 0-d 0.
 Terms = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Masks]
 
 
-def own_loss(problem: Problem) -> Tensor | None:
+def native_loss(problem: Problem) -> Tensor | None:
     """Return PyTorch's own loss, connected to the graph of its operands, or None.
 
     None if there are weights, a normalizer or several dtypes, if its gradient would have another
     memory format than the input, or if it is so large that the gradient is better made with it.
     """
-    input, target, inside, outside, divisor, *_ = problem
-    if not (inside is outside is divisor is None):
+    if not (problem.inside is problem.outside is problem.divisor is None):
         return None
+    input, target, divisor = problem.input, problem.target, problem.divisor_number
     # (The strides of dimensions of size 1 may be anything.)
     if 1 in input.shape and input.stride() != torch.empty(input.shape, device="meta").stride():
         return None
-    numel, number, beta = input.numel(), problem.divisor_number, _exact_beta(problem)
+    numel, beta = input.numel(), _exact_beta(problem)
     if not (
         problem.inside_number == problem.outside_number == 1
-        and number in (1, numel)
+        and divisor in (1, numel)
         and input.dtype == target.dtype == problem.compute_dtype
         and input.is_contiguous()
         and beta
         and 0 < numel < (LARGE if problem.reduce else math.inf)
     ):
         return None
-    reduction = (SUM if number == 1 else MEAN) if problem.reduce else NONE
-    loss: Tensor = smooth_l1(input, target, reduction, beta)
+    reduction = (SUM if divisor == 1 else MEAN) if problem.reduce else NONE
+    loss: Tensor = torch_smooth_l1(input, target, reduction, beta)
     return loss
 
 
 @untraced
 def forward(
-    problem: Problem, needs: Needs, *, is_recorded: bool = False
+    problem: Problem, needs: Needs, *, may_be_replayed: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1."""
     rows = _few_rows(problem)
@@ -89,7 +87,7 @@ def forward(
     left, right, _, outside, masks = terms
     if not problem.reduce:
         losses = _losses(problem, left, right, outside, masks)
-        return _converted(losses, problem.loss_dtype), NO_GRADIENTS
+        return _cast(losses, problem.loss_dtype), NO_GRADIENTS
     numel, scale = problem.input.numel(), _scale(problem)
     if numel <= PART:
         total = _losses(problem, left, right, outside, masks).sum()
@@ -105,13 +103,12 @@ def forward(
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    terms, scale = _terms(problem), _scale(problem)
-    upstream = _converted(upstream, problem.compute_dtype)
-    if scale is not None:
-        upstream = upstream * scale
+    terms, scale = _terms(problem), _cast(upstream, problem.compute_dtype)
+    if (of_sum := _scale(problem)) is not None:
+        scale = scale * of_sum
     left, right, *_, masks = terms
-    grad_outside = _losses(problem, left, right, upstream, masks) if needs[3] else None
-    gradients = _gradients(problem, terms, upstream, needs)
+    grad_outside = _losses(problem, left, right, scale, masks) if needs[3] else None
+    gradients = _gradients(problem, terms, scale, needs)
     return sum_to_weights(problem, (*gradients[:3], grad_outside))
 
 
@@ -134,7 +131,7 @@ def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: N
 
 def _exact_beta(problem: Problem) -> float | None:
     """Return beta if PyTorch's own loss keeps the contract for it, else None."""
-    beta, _ = transition(problem)
+    beta, _ = beta_and_inverse(problem)
     return beta if beta == 0 or LEAST_BETA <= beta <= MOST_BETA else None
 
 
@@ -155,31 +152,31 @@ def _few_rows(problem: Problem) -> Tensor | None:
 def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tensor, Gradients]:
     """Return what `forward` does, computed from these rows alone: the others take no part.
 
-    So few at a time that a thread takes them by itself, and waits for no other one.
+    They come in batches small enough for one thread, so that none waits for another.
     """
     input = problem.input
     grad_input = torch.zeros_like(input) if needs[0] else None
     grad_target = torch.zeros_like(input, dtype=problem.target.dtype) if needs[1] else None
     losses: list[Tensor] = []
-    for some in rows.split(max(ALONE * len(input) // input.numel(), 1)):
+    for batch in rows.split(max(ALONE * len(input) // input.numel(), 1)):
         operands: Any = (
-            None if operand is None else operand.expand_as(input).index_select(0, some)
+            None if operand is None else operand.expand_as(input).index_select(0, batch)
             for operand in problem[:OPERANDS]
         )
         loss, gradients = forward(Problem._make((*operands, *problem[OPERANDS:])), needs)
         losses.append(loss)
         for whole, part in zip((grad_input, grad_target), gradients[:2], strict=True):
             if whole is not None and part is not None:
-                whole.index_copy_(0, some, part)
+                whole.index_copy_(0, batch, part)
     return torch.stack(losses).sum(), (grad_input, grad_target, None, None)
 
 
 def _terms(problem: Problem) -> Terms:
-    masks, inside, outside = split_weights(problem, lambda number: _number(problem, number))
+    masks, inside, outside = split_weights(problem, lambda number: _as_tensor(problem, number))
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
     is_bare = inside is outside is None and not masks and left.dtype == right.dtype == dtype
     if not (is_bare and _exact_beta(problem)):
-        left, right = _difference(problem), _number(problem, 0.0)
+        left, right = _difference(problem), _as_tensor(problem, 0.0)
         if inside is not None:
             left.mul_(inside)
         _exclude(left, masks)
@@ -195,7 +192,7 @@ def _difference(problem: Problem) -> Tensor:
 
 
 def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Split the tensors into rows of at most `PART` elements, as far as they have any."""
+    """Split those tensors that have rows into parts of at most `PART` elements."""
     input = problem.input
     step = max(PART * len(input) // input.numel(), 1)
 
@@ -213,9 +210,9 @@ def _losses(
     """Return the losses of the elements times these weights; what is not selected has 0."""
     losses, exact_beta = torch.empty_like(left), _exact_beta(problem)
     if exact_beta is not None:
-        smooth_l1(left, right, NONE, exact_beta, out=losses)
+        torch_smooth_l1(left, right, NONE, exact_beta, out=losses)
     else:  # The slope times (x - clamp(x) / 2), where nothing is squared.
-        beta, inverse_beta = transition(problem)
+        beta, inverse_beta = beta_and_inverse(problem)
         slopes = (left * inverse_beta).clamp_(-1, 1)
         torch.clamp(left, -beta, beta, out=losses).mul_(-0.5).add_(left).mul_(slopes)
     if weights is not None:
@@ -227,31 +224,31 @@ def _losses(
 def _scale(problem: Problem) -> Tensor | None:
     """Return what the sum is multiplied by, or None for 1."""
     if problem.divisor is not None:
-        return _converted(problem.divisor, problem.compute_dtype).reciprocal()
+        return _cast(problem.divisor, problem.compute_dtype).reciprocal()
     number = problem.divisor_number
-    return None if number == 1 else _number(problem, 1.0 / number)
+    return None if number == 1 else _as_tensor(problem, 1.0 / number)
 
 
-def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: Needs) -> Gradients:
-    """Return the needed gradients but that of outside weights.
+def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Needs) -> Gradients:
+    """Return the needed gradients but that of outside weights, times the scale (None is 1).
 
     A weighted difference among the terms is overwritten.
     """
     left, right, inside, outside, masks = terms
-    beta, inverse_beta = transition(problem)
+    beta, inverse_beta = beta_and_inverse(problem)
     grad_input = grad_target = grad_inside = None
     if right is problem.target:
         gradient = torch.empty_like(left)
-        above = _number(problem, 1.0) if upstream is None else upstream
-        smooth_l1_gradient(above, left, right, NONE, beta, grad_input=gradient)
+        upstream = _as_tensor(problem, 1.0) if scale is None else scale
+        smooth_l1_gradient(upstream, left, right, NONE, beta, grad_input=gradient)
     else:
-        if beta == 0:  # The least number above 0 becomes 1.
+        if beta == 0:  # The clamp turns every number but 0 into 1 or -1 then.
             left.div_(torch.finfo(left.dtype).tiny)
             inverse_beta = 1 / torch.finfo(left.dtype).eps
         if beta != 1:
             left.mul_(inverse_beta)
         gradient = left.clamp_(-1, 1)
-        for weights in (upstream, outside):
+        for weights in (scale, outside):
             if weights is not None:
                 gradient.mul_(weights)
     if needs[2]:
@@ -259,13 +256,13 @@ def _gradients(problem: Problem, terms: Terms, upstream: Tensor | None, needs: N
         _exclude(grad_inside, masks)
     if inside is not None:
         gradient.mul_(inside)
-    if masks and not all(map(_is_known_to_be_finite, (upstream, outside, inside))):
+    if masks and not all(map(_is_known_to_be_finite, (scale, outside, inside))):
         _exclude(gradient, masks)
     if needs[0]:
-        grad_input = _converted(gradient, problem.input.dtype)
+        grad_input = _cast(gradient, problem.input.dtype)
     if needs[1]:
         negative = torch.neg(gradient, out=torch.empty_like(gradient) if needs[0] else gradient)
-        grad_target = _converted(negative, problem.target.dtype)
+        grad_target = _cast(negative, problem.target.dtype)
     return grad_input, grad_target, grad_inside, None
 
 
@@ -283,19 +280,19 @@ def _is_known_to_be_finite(value: Tensor | None) -> bool:
     return value is None or (value.is_cpu and not value.dim() and math.isfinite(value.item()))
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _number(problem: Problem, value: float) -> Tensor:
+def _as_tensor(problem: Problem, value: float) -> Tensor:
     """Return a number as a tensor of the compute dtype, which costs a product less."""
     if problem.input.is_cpu:
-        return _kept_number(value, problem.compute_dtype)
+        return _cached_tensor(value, problem.compute_dtype)
     if abs(value) > torch.finfo(problem.compute_dtype).max:
-        value = math.copysign(math.inf, value)  # Nothing can be filled with a larger number.
+        value = math.copysign(math.inf, value)  # new_full refuses larger numbers.
     return problem.input.new_full((), value, dtype=problem.compute_dtype)
 
 
 @lru_cache(maxsize=256)
-def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
+def _cached_tensor(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype, device="cpu")

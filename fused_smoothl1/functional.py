@@ -15,7 +15,7 @@ from fused_smoothl1 import eager, ops
 from fused_smoothl1.autograd import apply
 from fused_smoothl1.dispatch import backend_for, is_plain
 from fused_smoothl1.hooks import SYMBOLS, may_hold, traced_as_constant
-from fused_smoothl1.problem import FLOAT_DTYPES, MASK_DTYPES, NOTHING, make_problem
+from fused_smoothl1.problem import FLOAT_DTYPES, MASK_DTYPES, NO_NEEDS, OPERANDS, make_problem
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -51,17 +51,17 @@ def smooth_l1_loss(
 
     On a GPU one Triton kernel computes the loss and the gradient together, in the forward pass;
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
-    PyTorch gives the same result, to rounding. No number is part of a compiled kernel: a new value
-    costs nothing, but for one more graph that ``torch.compile`` makes when it sees a second value.
+    PyTorch gives the same result, to rounding. Numbers are not compiled into the kernel: new values
+    cost nothing, except one recompilation by ``torch.compile`` at the second one.
 
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
         target: the regression targets: the input's shape, on its device; any of these dtypes.
         inside_weights: multiply the difference before the loss. A number, or a tensor of any real
-            dtype that broadcasts to the input's shape: ``weights[:, None]`` has one weight a row.
+            dtype that broadcasts to the input's shape: ``weights[:, None]`` has one weight per row.
             They follow IEEE rules: 0 times NaN is NaN. ``bool`` and ``uint8`` tensors are masks
-            instead (other integers are not: write ``weights.bool()``): nonzero selects, and what is
-            not selected has exactly 0 loss and 0 gradient, NaN and inf included.
+            instead (other integers are not: write ``weights.bool()``): nonzero selects, and an
+            element that is not selected, even NaN or inf, has exactly 0 loss and 0 gradient.
         outside_weights: multiply the loss; otherwise like ``inside_weights``. An element takes part
             if every mask given selects it.
         sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
@@ -77,11 +77,11 @@ def smooth_l1_loss(
     Returns:
         The loss. Reduced, it has no dimensions and is float32, or float64 if any operand is.
         With ``"none"`` it has the input's shape and memory format, and the dtype to which the float
-        operands promote. An empty input gives 0, connected to the graph, for every reduction.
+        operands promote. Reduced, an empty input gives 0, connected to the graph.
 
     Gradients:
-        For each of input, target, inside and outside weights that requires one, in its own dtype
-        and shape, of any order. Arithmetic and sums are in float32 (float64 if any operand is
+        For input, target and both weights, where they require one: in their own dtype and shape,
+        of any order. Arithmetic and sums are in float32 (float64 if any operand is
         float64), and float16 gradients are rounded once, after the upstream gradient has been
         multiplied in, so that a gradient scaler works as it should. If an operand is modified in
         place after the forward pass, a backward pass that needs it again raises, as everywhere in
@@ -126,7 +126,7 @@ def smooth_l1_loss(
     inside, inside_number = _weights("inside_weights", inside_weights, input)
     outside, outside_number = _weights("outside_weights", outside_weights, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
-    sigma_number, beta_number = _transition(sigma, beta)
+    sigma_number, beta_number = _sigma_and_beta(sigma, beta)
     problem = make_problem(
         *(input, target, inside, outside, divisor, None),
         *(inside_number, outside_number, divisor_number, beta_number),
@@ -134,16 +134,14 @@ def smooth_l1_loss(
     )
     if not is_plain(problem):
         _load_sharding()
-        return ops.smooth_l1(problem, sigma_number)
+        return ops.loss(problem, sigma_number)
     backend = backend_for(input)
-    if backend is eager:
-        own = eager.own_loss(problem)
-        if own is not None:
-            return own
+    if backend is eager and (native := eager.native_loss(problem)) is not None:
+        return native
     if torch.is_grad_enabled():
-        loss: Tensor = apply(input, target, inside, outside, problem, backend)
+        loss: Tensor = apply(*problem[:OPERANDS], problem, backend)
         return loss
-    return backend.forward(problem, NOTHING)[0]
+    return backend.forward(problem, NO_NEEDS)[0]
 
 
 @traced_as_constant
@@ -155,7 +153,7 @@ def _load_sharding() -> None:
 
 def check_options(sigma: float | None, beta: float | None, reduction: str) -> None:
     """Raise what `smooth_l1_loss` would raise for these options."""
-    _transition(sigma, beta)
+    _sigma_and_beta(sigma, beta)
     _check_reduction(reduction)
 
 
@@ -187,7 +185,7 @@ def _check_tensor(
 
 
 def _weights(name: str, weights: Any, input: Tensor) -> tuple[Tensor | None, float]:
-    """Return the weights as a tensor, or None and as a number."""
+    """Return the weights: a tensor and 1, or None and a number."""
     if weights is None:
         return None, 1.0
     if not isinstance(weights, Tensor):
@@ -237,8 +235,8 @@ def _equal(size: int, other: int) -> bool:
     return equal
 
 
-def _transition(sigma: float | None, beta: float | None) -> tuple[float | None, float]:
-    """Return sigma as a number, or None without one, and beta."""
+def _sigma_and_beta(sigma: float | None, beta: float | None) -> tuple[float | None, float]:
+    """Return sigma, or None without one, and beta."""
     if sigma is not None and beta is not None:
         raise ValueError(
             f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}: "
@@ -257,13 +255,13 @@ def _transition(sigma: float | None, beta: float | None) -> tuple[float | None, 
     return None, 1.0
 
 
-def _number(name: str, value: Any, otherwise: str = "") -> float:
+def _number(name: str, value: Any, alternative: str = "") -> float:
     if type(value) is float:  # The common case; isinstance(value, Real) is slow.
         return value
     if isinstance(value, SYMBOLS):
         return cast(float, torch.sym_float(value))
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number{otherwise}, got {_kind(value)}")
+        raise TypeError(f"{name} must be a real number{alternative}, got {_kind(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -284,7 +282,7 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _divisor(reduction: str, normalizer: Any, input: Tensor) -> tuple[Tensor | None, float]:
-    """Return what the sum is divided by as a tensor, or None and as a number."""
+    """Return what the sum is divided by: a tensor and 1, or None and a number."""
     _check_reduction(reduction)
     if normalizer is None:
         if reduction == "mean":

@@ -24,8 +24,8 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-# What F.smooth_l1_loss calls, which itself has no argument `out`.
-smooth_l1: Any = torch._C._nn.smooth_l1_loss
+# What F.smooth_l1_loss calls. Only this one has an argument `out`.
+torch_smooth_l1: Any = torch._C._nn.smooth_l1_loss
 # A context in which operators run below autograd: their results need no gradient.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 # For is_grads_batched=True PyTorch still has the vmap from before functorch.
@@ -105,7 +105,7 @@ def is_watched() -> bool:
     return _len_torch_dispatch_stack() > 0 or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
 
 
-def is_recorded() -> bool:
+def is_in_make_fx() -> bool:
     """Whether make_fx records what runs here, for itself rather than for torch.compile."""
     is_traced = _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
     is_compiled = _get_dispatch_mode(_TorchDispatchModeKey.FUNCTIONAL) is not None

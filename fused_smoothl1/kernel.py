@@ -45,8 +45,8 @@ def _clamp(x, bound):
 def _scale(divisor_ptr, scale):
     """Return what the sum is multiplied by, in float64.
 
-    It is computed where it is used: kept through a loop, it would be spilled. (Past the first-level
-    cache only because all that is read after the ticket is, which the tests look for.)
+    It is computed where it is used: kept through a loop, it would be spilled. (It is read past the
+    first-level cache only because everything after the ticket must be, which the tests check.)
     """
     if divisor_ptr is None:
         return tl.full((), scale, tl.float64)
@@ -74,9 +74,9 @@ def _blocks(numel, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def _offset(index, sizes, strides, STEP: tl.constexpr):
-    """Return where these row-major indices lie, in elements.
+    """Return the offsets of row-major indices, in elements.
 
-    The innermost dimension is counted in steps of so many elements.
+    An innermost index stands for STEP elements.
     """
     RANK: tl.constexpr = len(sizes)
     rest = index
@@ -210,30 +210,29 @@ def smooth_l1_kernel(
     operands:      pointers in the order INPUT, TARGET, INSIDE, OUTSIDE, UPSTREAM: input and target
                    of any float dtype and of the input's shape; weights of any real dtype and the
                    upstream gradient of any float dtype, that broadcast to it by strides of 0.
-                   Without weights their numbers count, without an upstream gradient 1
+                   Absent weights are their numbers, an absent upstream gradient is 1
     gradients:     pointers in the same order, [numel] each, any float dtype; None: not wanted
     loss_ptr:      any float dtype; REDUCE: one element, otherwise [numel]; None: not wanted
-    divisor_ptr:   any real dtype, one element; None: `scale` counts
-    beta_ptr:      any float dtype, one element, in [0, inf); None: `beta` counts
+    divisor_ptr:   any real dtype, one element; None: `scale` is used
+    beta_ptr:      any float dtype, one element, in [0, inf); None: `beta` is used
     partials_ptr:  float64 [programs], workspace; None: one program only
     ticket_ptr:    int32, one element, 0 before and after; None: one program only
     sizes:         collapsed dimensions, outermost first, the innermost in groups of lanes where
                    ALIGNED; None: no operand needs them
-    strides:       of each operand, in elements, one a size; None: not needed
+    strides:       of each operand, in elements, one per size; None: not needed
     numel:         elements of the input
     inside_number, outside_number: the weights where there are no operands for them
     scale:         what the sum is multiplied by, 1 / divisor
     beta, inverse_beta: where the quadratic part ends, in [0, inf), and 1 / beta
     ACCESS:        how to reach each operand: "scalar" one element for all; "flat" dense in the
-                   order of iteration; "row" one element a group; "vector" groups contiguous and
+                   order of iteration; "row" one element per group; "vector" groups contiguous and
                    aligned; "strided" anything else; None: absent
     MASKS:         whether each operand selects (nonzero) instead of multiplying
     REDUCE:        the loss is the sum over all elements
     UNLESS_ONE:    write nothing if the upstream gradient is 1
     COMPUTE:       float32 or float64, the dtype of all arithmetic
     INDEX:         int32, or int64 where an offset needs it
-    ALIGNED:       no group of lanes crosses the end of the innermost dimension, and so none that of
-                   the whole
+    ALIGNED:       no group of lanes crosses the end of the innermost dimension, nor that of all
     LANES:         elements in a group, a power of two
     BLOCK:         elements in a tile, a power of two
     """
@@ -280,12 +279,12 @@ def smooth_l1_kernel(
 
             # A group is loaded if any of it is selected: a mask of single elements would split
             # the wide accesses.
-            wanted = within
+            mask = within
             if MASKS[INSIDE] or MASKS[OUTSIDE]:
-                wanted = within & (tl.max(selected.to(tl.int32), 1, keep_dims=True) != 0)
+                mask = within & (tl.max(selected.to(tl.int32), 1, keep_dims=True) != 0)
 
-            input = _load(operands, strides, ACCESS, INPUT, sizes, group, lane, wanted, ALIGNED)
-            target = _load(operands, strides, ACCESS, TARGET, sizes, group, lane, wanted, ALIGNED)
+            input = _load(operands, strides, ACCESS, INPUT, sizes, group, lane, mask, ALIGNED)
+            target = _load(operands, strides, ACCESS, TARGET, sizes, group, lane, mask, ALIGNED)
             difference = input.to(COMPUTE) - target.to(COMPUTE)
             x = inside * difference
 
@@ -297,7 +296,7 @@ def smooth_l1_kernel(
                 own_scale = common_scale
             else:
                 own_scale = _load(
-                    operands, strides, ACCESS, UPSTREAM, sizes, group, lane, wanted, ALIGNED
+                    operands, strides, ACCESS, UPSTREAM, sizes, group, lane, mask, ALIGNED
                 ).to(COMPUTE)
             grad_x = slope * outside * own_scale
 

@@ -18,11 +18,11 @@ from fused_smoothl1.problem import (
     Gradients,
     Needs,
     Problem,
+    beta_and_inverse,
     empty_gradients,
     empty_loss,
     is_mask,
     sum_to_weights,
-    transition,
 )
 
 INTERPRETED = not isinstance(smooth_l1_kernel, triton.JITFunction)
@@ -56,11 +56,11 @@ class Plan(NamedTuple):
 
 @untraced
 def forward(
-    problem: Problem, needs: Needs, *, is_recorded: bool = False
+    problem: Problem, needs: Needs, *, may_be_replayed: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1, in one launch."""
     loss, gradients = empty_loss(problem), empty_gradients(problem, needs)
-    _launch(problem, None, loss, gradients, is_recorded=is_recorded)
+    _launch(problem, None, loss, gradients, may_be_replayed=may_be_replayed)
     return loss, gradients
 
 
@@ -85,7 +85,7 @@ def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gr
     with _device_of(first):
         scale_kernel[(_programs(first.device, numel, block),)](
             gradients[:2],
-            _stored(upstream),
+            _in_memory(upstream),
             numel,
             TRITON_DTYPES[upstream.dtype],
             tl.int64 if numel + block > INT32_MAX else tl.int32,
@@ -112,10 +112,10 @@ def _launch(
     gradients: Gradients,
     *,
     unless_one: bool = False,
-    is_recorded: bool = False,
+    may_be_replayed: bool = False,
 ) -> None:
     input = problem.input
-    operands = tuple(map(_stored, (*problem[:OPERANDS], upstream)))
+    operands = tuple(map(_in_memory, (*problem[:OPERANDS], upstream)))
     outputs = [t for t in (None if problem.reduce else loss, *gradients) if t is not None]
     numel = input.numel()
     plan = _plan(
@@ -128,14 +128,14 @@ def _launch(
     reduces = problem.reduce and loss is not None
     with _device_of(input):
         partials, ticket = (
-            _workspace(input.device, programs, is_recorded)
+            _workspace(input.device, programs, may_be_replayed)
             if reduces and programs > 1
             else (None, None)
         )
         try:
             smooth_l1_kernel[(programs,)](
                 operands,
-                _stored(problem.divisor),
+                _in_memory(problem.divisor),
                 problem.beta,
                 loss,
                 gradients,
@@ -144,7 +144,7 @@ def _launch(
                 plan.sizes,
                 plan.strides,
                 numel,
-                *transition(problem),
+                *beta_and_inverse(problem),
                 1.0 / problem.divisor_number,
                 problem.inside_number,
                 problem.outside_number,
@@ -162,7 +162,7 @@ def _launch(
                 enable_fp_fusion=False,
             )
         except BaseException:
-            # An interrupted launch may leave a ticket drawn, on which later ones would wait.
+            # An interrupted launch may leave a ticket drawn: later ones would add up too early.
             _workspaces.clear()
             raise
 
@@ -174,14 +174,14 @@ def _plan(
     operands: tuple[tuple[Ints, Ints] | None, ...],
     itemsize: int,
 ) -> Plan:
-    """Plan the walk through operands of these (shape, strides) in the order of these strides.
+    """Plan the walk through operands, (shape, strides) each, in the memory order of `order`.
 
-    `itemsize` is the smallest of the dense operands', in bytes: it decides how many elements a
-    wide access moves.
+    `itemsize`, in bytes, is the smallest of the dense operands: it decides how many elements a wide
+    access moves.
     """
     nothing = (), ()  # broadcasts to every shape, and changes no plan
     expanded = (broadcast_strides(*(operand or nothing), shape) for operand in operands)
-    sizes, (dense, *walks) = collapse(shape, (order, *expanded))
+    sizes, (_, *walks) = collapse(shape, (order, *expanded))
     dense = contiguous_strides(sizes)
     numel = dense[0] * sizes[0]
     longest = max(extent(sizes, strides) for strides in (dense, *walks))
@@ -191,12 +191,12 @@ def _plan(
     aligned = False
     needs_walk = any(any(strides) and strides != dense for strides in walks)
     if needs_walk:
-        fitting = lanes
-        while sizes[-1] % fitting:
-            fitting //= 2
+        group_size = lanes
+        while sizes[-1] % group_size:
+            group_size //= 2
         # Half a wide access is better than an index for every element, a quarter is not.
-        aligned = fitting * 2 >= lanes
-        lanes = fitting if aligned else lanes
+        aligned = group_size * 2 >= lanes
+        lanes = group_size if aligned else lanes
 
     def access(strides: Ints) -> str:
         if not any(strides):
@@ -251,7 +251,7 @@ def _warps() -> int:
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
-def _workspace(device: torch.device, programs: int, is_recorded: bool) -> tuple[Tensor, Tensor]:
+def _workspace(device: torch.device, programs: int, may_be_replayed: bool) -> tuple[Tensor, Tensor]:
     """Return room for one partial sum a program, and a ticket at 0.
 
     Launches on one stream follow each other and each leaves the ticket at 0, so they share both. A
@@ -265,7 +265,7 @@ def _workspace(device: torch.device, programs: int, is_recorded: bool) -> tuple[
         stream = module.current_stream(device).stream_id
         is_capturing = getattr(module, "is_current_stream_capturing", None)
         capturing = is_capturing is not None and is_capturing()
-    if capturing or is_recorded:
+    if capturing or may_be_replayed:
         return _new_workspace(device, programs)
     workspace = _workspaces.get((device, stream))
     if workspace is None:
@@ -276,19 +276,19 @@ def _workspace(device: torch.device, programs: int, is_recorded: bool) -> tuple[
 def _kept_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return a workspace for all launches on the current stream.
 
-    It is allocated by a thread of its own. This one may be allocating from the memory of a graph,
-    which torch.compile does not show: it does so around a user's operator that calls this library.
+    A new thread allocates it. This one may be allocating from a graph's memory, which nothing
+    reveals: torch.compile does so around a user's operator that calls this library.
     """
-    most = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
+    capacity = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
     if device.type == "cpu":
-        return _new_workspace(device, most)
+        return _new_workspace(device, capacity)
     module = torch.get_device_module(device)
     stream = module.current_stream(device)
 
     def allocate() -> tuple[Tensor, Tensor]:
         # (To restore another stream would start the first device up, which may not be this one.)
         module.set_stream(stream)
-        return _new_workspace(device, most)
+        return _new_workspace(device, capacity)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(allocate).result()
@@ -301,8 +301,8 @@ def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]
     )
 
 
-def _stored(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor with its values in memory, where views of complex ones may be negated."""
+def _in_memory(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor with its values in memory: neither zeros without it, nor negated ones."""
     if tensor is None:
         return None
     return torch.zeros_like(tensor) if has_no_memory(tensor) else tensor.resolve_neg()

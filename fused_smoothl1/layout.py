@@ -32,7 +32,7 @@ def collapse(shape: Ints, strides: tuple[Ints, ...]) -> tuple[Ints, tuple[Ints, 
 
     Args:
         shape: the shape that all tensors have (after broadcasting), without a 0.
-        strides: one tuple a tensor, in elements. The first tensor decides the order.
+        strides: one tuple per tensor, in elements. The first tensor decides the order.
 
     Returns:
         The collapsed sizes (at least one), outermost first, and each tensor's strides for them.
@@ -40,24 +40,20 @@ def collapse(shape: Ints, strides: tuple[Ints, ...]) -> tuple[Ints, tuple[Ints, 
     kept = [d for d, size in enumerate(shape) if size != 1]
     kept.sort(key=lambda d: strides[0][d], reverse=True)
     sizes: list[int] = []
-    collapsed: list[list[int]] = [[] for _ in strides]
+    steps: list[Ints] = []  # of all tensors, one tuple a collapsed dimension
     for d in kept:
-        inner = [tensor[d] for tensor in strides]
-        if sizes and all(
-            outer[-1] == step * shape[d] for outer, step in zip(collapsed, inner, strict=True)
-        ):
+        inner = tuple(tensor[d] for tensor in strides)
+        if sizes and steps[-1] == tuple(step * shape[d] for step in inner):
             sizes[-1] *= shape[d]
-            for outer, step in zip(collapsed, inner, strict=True):
-                outer[-1] = step
+            steps[-1] = inner
         else:
             sizes.append(shape[d])
-            for outer, step in zip(collapsed, inner, strict=True):
-                outer.append(step)
+            steps.append(inner)
     if not sizes:
-        return (1,), tuple((0,) for _ in strides)
-    return tuple(sizes), tuple(tuple(tensor) for tensor in collapsed)
+        return (1,), ((0,),) * len(strides)
+    return tuple(sizes), tuple(zip(*steps, strict=True))
 
 
 def extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """Return how many elements lie between a tensor's first and one past its last, inclusive."""
+    """Return how many elements of memory a tensor spans."""
     return 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))

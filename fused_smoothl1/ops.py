@@ -3,22 +3,29 @@
 `forward` is the loss with the gradients for an upstream gradient of 1, and `backward` the gradients
 for any upstream gradient; neither mutates anything. Their arguments are the upstream gradient (of
 `backward` alone), the fields of a `Problem`, and which gradients are needed. A result that is not
-needed is a tensor of no elements, because none is optional.
+needed is an empty tensor, because a result cannot be None.
 """
 
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fused_smoothl1 import composition, eager
 from fused_smoothl1.dispatch import backend_for, is_eager
-from fused_smoothl1.hooks import below_autograd, is_recorded, is_static, is_transformed, new_library
+from fused_smoothl1.hooks import (
+    below_autograd,
+    is_in_make_fx,
+    is_static,
+    is_transformed,
+    new_library,
+)
 from fused_smoothl1.problem import (
     LARGEST,
-    NOTHING,
+    NO_NEEDS,
     OPERANDS,
     TENSORS,
+    TO_NUMBER,
     Gradients,
     Needs,
     Problem,
@@ -37,13 +44,14 @@ TYPES = {
     torch.dtype: "ScalarType",
     bool: "bool",
 }
-# DTensor remembers placements by the arguments from the first integer on, and a ScalarType is one.
-# What placements depend on must stand behind it: `reduce`, and which gradients are needed.
+# DTensor caches placements by the first integer argument, which a ScalarType is, and those behind
+# it. So `reduce` and `needs`, which decide placements, must come later.
 PROBLEM = ", ".join(f"{TYPES[kind]} {name}" for name, kind in get_type_hints(Problem).items())
 library = new_library("fused_smoothl1")
 for schema in (
-    f"forward({PROBLEM}, bool[4] needs) -> (Tensor, Tensor, Tensor)",
-    f"backward(Tensor upstream, {PROBLEM}, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"forward({PROBLEM}, bool[{OPERANDS}] needs) -> (Tensor, Tensor, Tensor)",
+    f"backward(Tensor upstream, {PROBLEM}, bool[{OPERANDS}] needs)"
+    f" -> ({', '.join(['Tensor'] * OPERANDS)})",
 ):
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.fused_smoothl1.forward.default
@@ -54,7 +62,7 @@ BETA = Problem._fields.index("beta")
 Results = tuple[Tensor, ...]
 
 
-def smooth_l1(problem: Problem, sigma: float | None = None) -> Tensor:
+def loss(problem: Problem, sigma: float | None = None) -> Tensor:
     """Return the loss by operations that PyTorch's transformations can look through.
 
     `sigma` is given if `beta_number` was computed from it.
@@ -64,15 +72,15 @@ def smooth_l1(problem: Problem, sigma: float | None = None) -> Tensor:
     # functorch need; and in eager PyTorch it is what a compiler fuses best.
     if is_transformed() or is_eager(problem.input.device):
         return composition.loss(problem)
-    needs = needs_of(problem) if torch.is_grad_enabled() else NOTHING
-    results: Results = FORWARD(*problem, needs if gradient_in_forward(problem, needs) else NOTHING)
+    needs = needs_of(problem) if torch.is_grad_enabled() else NO_NEEDS
+    results: Results = FORWARD(*problem, needs if gradient_in_forward(problem, needs) else NO_NEEDS)
     return results[0]
 
 
 def needs_of(problem: Problem) -> Needs:
     """Return which operands require a gradient."""
-    a, b, c, d = (t is not None and t.requires_grad for t in problem[:OPERANDS])
-    return a, b, c, d
+    needs = (t is not None and t.requires_grad for t in problem[:OPERANDS])
+    return cast(Needs, tuple(needs))
 
 
 def _without_symbols(problem: Problem, sigma: float | None) -> Problem:
@@ -82,18 +90,19 @@ def _without_symbols(problem: Problem, sigma: float | None) -> Problem:
     stay symbols.
     """
     fields: list[Any] = list(problem)
-    for tensor, number in enumerate(fields[TENSORS : TENSORS + 4], start=2):
+    for tensor in range(2, TENSORS):
+        number = fields[tensor + TO_NUMBER]
         if isinstance(number, (float, torch.SymFloat)) and not is_static(number):
             # (With new_ones, the product would be compiled for every value under torch.vmap.)
             one: Any = torch.ones((), dtype=problem.compute_dtype, device=problem.input.device)
-            fields[tensor], fields[tensor + 4] = one * number, 1.0
+            fields[tensor], fields[tensor + TO_NUMBER] = one * number, 1.0
             if tensor == BETA and sigma is not None:
                 # PyTorch 2.11 compiles a quotient of symbols for every value.
                 fields[tensor] = one / sigma / sigma
     problem = Problem(*fields)
     if problem.beta is None:
         return problem
-    # Finite, as `transition` makes a number.
+    # Make it finite, as `beta_and_inverse` does.
     return problem._replace(beta=problem.beta.clamp(max=LARGEST[problem.compute_dtype]))
 
 
@@ -102,7 +111,7 @@ class _Shapes:
 
     @staticmethod
     def forward(
-        problem: Problem, needs: Needs, *, is_recorded: bool = False
+        problem: Problem, needs: Needs, *, may_be_replayed: bool = False
     ) -> tuple[Tensor, Gradients]:
         return empty_loss(problem), empty_gradients(problem, needs)
 
@@ -111,9 +120,9 @@ class _Shapes:
         return sum_to_weights(problem, empty_gradients(problem, needs))
 
 
-def _computed(*arguments: Any) -> Results:
-    """Return the results of an operator by the kernel, or where that cannot be, the composition."""
-    backend = backend_for(Problem(*arguments[-FIELDS - 1 : -1]).input)
+def _run(*arguments: Any) -> Results:
+    """Return the results of an operator from the kernel, else from the composition."""
+    backend = backend_for(arguments[-FIELDS - 1])
     return _results(arguments, composition if backend is eager else backend)
 
 
@@ -125,7 +134,7 @@ def _results(arguments: tuple[Any, ...], backend: Any) -> Results:
     if len(upstream) > FIELDS:
         results = backend.backward(problem, upstream[0], needs)
     else:
-        loss, gradients = backend.forward(problem, needs, is_recorded=True)
+        loss, gradients = backend.forward(problem, needs, may_be_replayed=True)
         results = (loss, *gradients[:2])
     return tuple(problem.input.new_empty(0) if r is None else r for r in results)
 
@@ -153,15 +162,15 @@ class _Differentiable(torch.autograd.Function):
         _, *needed = ctx.needs_input_grad
         upstream, *others = upstreams
         if not saved or upstream is None or any(other is not None for other in others):
-            # A gradient is differentiated itself, be it one that was computed with the loss.
-            return None, *_pulled_back(arguments, needed, upstreams)
+            # A gradient is itself differentiated, perhaps one that was computed with the loss.
+            return None, *_vjp(arguments, needed, upstreams)
         *_, has_masks, needs_in_forward = ctx.options
         needs = tuple(needed[:OPERANDS])
         if (
             needs == tuple(needs_in_forward)
             # A graph of make_fx cuts off what is saved, so it could not be differentiated again.
-            and not is_recorded()
-            # A product with what is not finite would make NaN of what masks exclude.
+            and not is_in_make_fx()
+            # A product with what is not finite would turn excluded elements into NaN.
             and not has_masks
         ):
             # In the wider dtype: a product of 16 bits and float32 may round the latter first.
@@ -173,7 +182,7 @@ class _Differentiable(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest
 
 
-def _pulled_back(
+def _vjp(
     arguments: tuple[Any, ...], needed: list[bool], upstreams: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the needed gradients of an operator, differentiable again."""
@@ -211,7 +220,7 @@ def _register(operator: Any) -> None:
         results: Results = _Differentiable.apply(operator, *arguments)
         return results
 
-    library.impl(name, _computed, "CompositeExplicitAutograd")
+    library.impl(name, _run, "CompositeExplicitAutograd")
     library.impl(name, differentiable, "Autograd")
     torch.library.register_fake(operator, lambda *a: _results(a, _Shapes), lib=library)
 

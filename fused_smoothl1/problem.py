@@ -1,7 +1,7 @@
 """One evaluation of the loss, in the kernel's own shape, and what its backends have in common.
 
 A value that may be a tensor or a number has two fields: the tensor, which is None where the number
-counts, and the number, which is 1 where the tensor counts.
+is used, and the number, which is 1 where the tensor is used.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor
 Needs = tuple[bool, bool, bool, bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-NOTHING: Needs = (False, False, False, False)
+NO_NEEDS: Needs = (False, False, False, False)
+NO_GRADIENTS: Gradients = (None, None, None, None)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASK_DTYPES = (torch.bool, torch.uint8)
 # For each dtype of arithmetic: the dtypes that have its range, and its largest finite number.
@@ -24,10 +25,11 @@ FULL_RANGE = {
     torch.float64: (torch.float64,),
 }
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
-# How many of the leading fields of a problem are operands, which may need gradients, and how many
-# are tensors. Behind these stand the numbers, in the order of the tensors that they may replace.
+# The first OPERANDS fields of a problem may need gradients, and the first TENSORS are tensors. The
+# number that may stand for a tensor is TO_NUMBER fields behind it.
 OPERANDS: Final = 4
 TENSORS: Final = 6
+TO_NUMBER: Final = 4
 
 
 class Problem(NamedTuple):
@@ -55,7 +57,7 @@ class Problem(NamedTuple):
     loss_dtype: torch.dtype
     """The dtype of the loss."""
     reduce: bool
-    """Whether the loss is a sum over all elements, or one loss an element."""
+    """Whether the loss is a sum over all elements, or one loss per element."""
     has_masks: bool
     """Whether `inside` or `outside` is a mask, so that some elements may not be selected."""
 
@@ -95,12 +97,12 @@ class Backend(Protocol):
     """The loss of a `Problem`, by some means."""
 
     def forward(
-        self, problem: Problem, needs: Needs, *, is_recorded: bool = False
+        self, problem: Problem, needs: Needs, *, may_be_replayed: bool = False
     ) -> tuple[Tensor, Gradients]:
-        """Return the loss, and those gradients for an upstream gradient of 1 that are needed.
+        """Return the loss, and the needed gradients for an upstream gradient of 1.
 
-        Only input and target may need one here, and only if `problem.reduce`. A call that is
-        recorded may be replayed later: it must share no memory with other calls.
+        Only input and target may need one here, and only if `problem.reduce`. A call that may be
+        replayed later must share no memory with other calls.
         """
         ...
 
@@ -113,7 +115,7 @@ class Backend(Protocol):
     ) -> Gradients | None:
         """Multiply what `forward` returned by an upstream gradient, overwriting it.
 
-        Return None where the product could make NaN of what masks exclude, because the upstream
+        Return None where the product could turn excluded elements into NaN, because the upstream
         gradient is not known to be finite.
         """
         ...
@@ -128,9 +130,9 @@ class Backend(Protocol):
 def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     """Whether the forward pass may compute the gradients for an upstream gradient of 1.
 
-    Not in a dtype of less range than the arithmetic's: without a loss scaler's upstream gradient in
-    them, float16 gradients underflow. Not for weights: their gradients need temporaries and are
-    summed to another shape.
+    Not in a dtype of narrower range than the arithmetic's: float16 gradients underflow unless the
+    upstream gradient of a loss scaler is already in them. Not for weights: their gradients need
+    temporaries and are summed to another shape.
     """
     needs_input, needs_target, needs_inside, needs_outside = needs
     wide = FULL_RANGE[problem.compute_dtype]
@@ -142,7 +144,7 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     )
 
 
-def transition(problem: Problem) -> tuple[float, float]:
+def beta_and_inverse(problem: Problem) -> tuple[float, float]:
     """Return the number beta, finite in the dtype of arithmetic, and its inverse.
 
     The inverse is inf where the loss is L1: if beta is 0, or so small that its inverse overflows.
@@ -163,7 +165,10 @@ def split_weights(
     """Return the masks, as bool, and what inside and outside weights multiply by; None is 1."""
     masks: list[Tensor] = []
     multipliers: list[Tensor | None] = []
-    for weights, number in zip(problem[2:4], problem[6:8], strict=True):
+    for weights, number in (
+        (problem.inside, problem.inside_number),
+        (problem.outside, problem.outside_number),
+    ):
         if is_mask(weights):
             masks.append(weights if weights.dtype == torch.bool else weights != 0)
             multipliers.append(None)
@@ -174,7 +179,7 @@ def split_weights(
 
 
 def empty_loss(problem: Problem) -> Tensor:
-    """Allocate the loss, without a reduction of the input's shape and memory format."""
+    """Allocate the loss; if it is not reduced, in the input's shape and memory format."""
     if problem.reduce:
         return problem.input.new_empty((), dtype=problem.loss_dtype)
     return torch.empty_like(problem.input, dtype=problem.loss_dtype)
@@ -183,7 +188,7 @@ def empty_loss(problem: Problem) -> Tensor:
 def empty_gradients(problem: Problem, needs: Needs) -> Gradients:
     """Allocate the needed gradients, all of the input's shape and memory format.
 
-    Those of weights have the compute dtype, because what is summed up must not be rounded before.
+    Those of weights have the compute dtype, as they must not be rounded before they are summed.
     """
     input, dtype = problem.input, problem.compute_dtype
     return (
@@ -202,6 +207,5 @@ def sum_to_weights(problem: Problem, gradients: Gradients) -> Gradients:
             return None
         return gradient.sum_to_size(weights.shape).to(weights.dtype)
 
-    grad_input, grad_target, grad_inside, grad_outside = gradients
-    inside, outside = problem.inside, problem.outside
-    return grad_input, grad_target, sum_to(inside, grad_inside), sum_to(outside, grad_outside)
+    inside, outside = map(sum_to, problem[2:OPERANDS], gradients[2:])
+    return *gradients[:2], inside, outside

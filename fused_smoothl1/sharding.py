@@ -15,20 +15,20 @@ Rule = tuple[Placements, Placements]
 
 def _sharded(dim: int, *operands: Any) -> Placements:
     """Return where each operand is when the input is sharded on `dim`: there, or everywhere."""
-    dims = operands[0].ndim
+    input = operands[0]
 
     def placement(operand: Any) -> Placement | None:
         if operand is None:
             return None
-        own = dim - (dims - operand.ndim)
-        is_broadcast = own < 0 or operand.shape[own] == 1 != operands[0].shape[dim]
+        own = dim - input.ndim + operand.ndim
+        is_broadcast = own < 0 or operand.shape[own] == 1 != input.shape[dim]
         return Replicate() if is_broadcast else Shard(own)
 
     return [placement(operand) for operand in operands]
 
 
 def _everywhere(*arguments: Any) -> Placements:
-    """Return that each tensor is everywhere; what is no tensor has no placement."""
+    """Replicate every tensor; other arguments have no placement."""
     return [Replicate() if hasattr(argument, "ndim") else None for argument in arguments]
 
 
@@ -37,7 +37,7 @@ def forward_rules(*arguments: Any) -> list[Rule]:
     """Every shard gives its part of the sum, because the divisor is global."""
     *fields, needs = arguments
     operands, rest = arguments[:OPERANDS], _everywhere(*arguments[OPERANDS:])
-    rules: list[Rule] = [([Replicate()] * 3, [*_everywhere(*operands), *rest])]
+    rules: list[Rule] = [([Replicate()] * 3, _everywhere(*arguments))]
     for dim in range(operands[0].ndim):
         loss = Partial() if Problem(*fields).reduce else Shard(dim)
         gradients = (Shard(dim) if needed else Replicate() for needed in needs[:2])
@@ -50,7 +50,7 @@ def backward_rules(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
     *fields, needs = arguments
     operands, rest = arguments[:OPERANDS], _everywhere(*arguments[OPERANDS:])
-    rules: list[Rule] = [([Replicate()] * 4, [*_everywhere(upstream, *operands), *rest])]
+    rules: list[Rule] = [([Replicate()] * OPERANDS, _everywhere(upstream, *arguments))]
     for dim in range(operands[0].ndim):
         placements = _sharded(dim, *operands)
         gradients: Placements = [
@@ -59,6 +59,6 @@ def backward_rules(upstream: Any, *arguments: Any) -> list[Rule]:
             else Replicate()
             for placement, needed in zip(placements, needs, strict=True)
         ]
-        above = Replicate() if Problem(*fields).reduce else Shard(dim)
-        rules.append((gradients, [above, *placements, *rest]))
+        of_upstream = Replicate() if Problem(*fields).reduce else Shard(dim)
+        rules.append((gradients, [of_upstream, *placements, *rest]))
     return rules

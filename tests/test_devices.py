@@ -211,7 +211,7 @@ def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPat
 def test_python_bool_is_a_mask_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel would look for another device's memory on its own."""
     problems: list[Problem] = []
-    monkeypatch.setattr(ops, "smooth_l1", lambda problem, sigma: problems.append(problem))
+    monkeypatch.setattr(ops, "loss", lambda problem, sigma: problems.append(problem))
     input = torch.empty(6, 4, device="meta")
     smooth_l1_loss(input, input, True, False)
     for mask in (problems[0].inside, problems[0].outside):

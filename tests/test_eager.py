@@ -321,7 +321,7 @@ def test_numbers_on_another_device(value: float, expected: float) -> None:
             filled.append((value, dtype))
 
     problem: Any = SimpleNamespace(input=Input(), compute_dtype=torch.float32)
-    eager._number(problem, value)
+    eager._as_tensor(problem, value)
     assert filled == [(expected, torch.float32)]
     problem.input = torch.empty(3)
-    assert eager._number(problem, value).item() == expected
+    assert eager._as_tensor(problem, value).item() == expected

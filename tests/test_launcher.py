@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.problem import NOTHING, make_problem
+from fused_smoothl1.problem import NO_NEEDS, make_problem
 from tests.conftest import HAS_TRITON, on_interpreter
 from tests.fake_gpu import MULTIPROCESSORS, FakeGpu, Launch, fake_gpu
 from tests.support import gaussian
@@ -41,9 +41,9 @@ def _problem(*shape: int, device: str = "cuda:0", reduce: bool = True, **options
     return make_problem(input, target, divisor_number=3.0, beta_number=0.5, reduce=reduce)
 
 
-def _forward(gpu: FakeGpu, *shape: int, is_recorded: bool = False, **options: Any) -> Launch:
+def _forward(gpu: FakeGpu, *shape: int, may_be_replayed: bool = False, **options: Any) -> Launch:
     """Return the launch of a loss with the input's gradient."""
-    _launch().forward(_problem(*shape, **options), INPUT, is_recorded=is_recorded)
+    _launch().forward(_problem(*shape, **options), INPUT, may_be_replayed=may_be_replayed)
     return gpu.launches[-1]
 
 
@@ -107,7 +107,7 @@ def test_workspace_in_a_graph(reason: str, gpu: FakeGpu) -> None:
     captured = reason == "captured"
     before = _workspace(_forward(gpu, SEVERAL))
     gpu.capturing = captured
-    graph = [_forward(gpu, SEVERAL, is_recorded=not captured) for _ in range(2)]
+    graph = [_forward(gpu, SEVERAL, may_be_replayed=not captured) for _ in range(2)]
     gpu.capturing = False
     workspaces = [before, *map(_workspace, graph)]
     for part in range(2):
@@ -147,7 +147,7 @@ def test_no_workspace(gpu: FakeGpu) -> None:
     """Where there is nothing to add up: one program, one loss an element, gradients alone."""
     launch = _launch()
     launch.forward(_problem(1024), INPUT)
-    launch.forward(_problem(SEVERAL, reduce=False), NOTHING)
+    launch.forward(_problem(SEVERAL, reduce=False), NO_NEEDS)
     several, upstream = _problem(SEVERAL), torch.empty((), device="cuda:0")
     launch.recompute(several, launch.backward(several, upstream, INPUT), upstream, INPUT)
     assert [_workspace(asked) for asked in gpu.launches] == [(None, None)] * 4
@@ -171,7 +171,7 @@ def test_narrowest_operand_decides(narrow: torch.dtype, gpu: FakeGpu) -> None:
     for one, other in [dtypes, dtypes[::-1]]:
         input = torch.empty(SEVERAL, device="cuda:0", dtype=one)
         target = torch.empty(SEVERAL, device="cuda:0", dtype=other)
-        _launch().forward(make_problem(input, target), NOTHING)
+        _launch().forward(make_problem(input, target), NO_NEEDS)
         assert gpu.launches[-1].arguments["LANES"] == 16 // narrow.itemsize
 
 
@@ -293,7 +293,7 @@ def test_order_around_the_ticket(triton_backend: str) -> None:
     launch = _launch()
     problem = make_problem(gaussian(10_000, seed=1), gaussian(10_000, seed=2))
     with recorded() as events:
-        launch.forward(problem, NOTHING)
+        launch.forward(problem, NO_NEEDS)
     names = {"partials_ptr", "ticket_ptr", "loss_ptr", ""}
     told = [tuple(event) for event in events if event.argument in names]
     program = [("store", "partials_ptr"), ("barrier", ""), ("atomic", "ticket_ptr")]

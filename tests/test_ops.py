@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_smoothl1 import ops, smooth_l1_loss
-from fused_smoothl1.problem import NOTHING, Problem, gradient_in_forward, make_problem
+from fused_smoothl1.problem import NO_NEEDS, Problem, gradient_in_forward, make_problem
 from tests.support import assert_same, backend_set, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, make, trained
 
@@ -101,7 +101,7 @@ def _named(name: str, device: str) -> Problem:
 
 def _forward_arguments(problem: Problem) -> tuple[Any, ...]:
     needs = ops.needs_of(problem)
-    return *problem, needs if gradient_in_forward(problem, needs) else NOTHING
+    return *problem, needs if gradient_in_forward(problem, needs) else NO_NEEDS
 
 
 def _backward_arguments(problem: Problem) -> tuple[Any, ...]:
@@ -312,7 +312,7 @@ def test_gradgradcheck(triton_backend: str, device: str) -> None:
 
     def loss(input: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
         problem = make_problem(input, target.detach(), inside, outside, divisor_number=4)
-        result: Tensor = FORWARD(*problem, NOTHING)[0]
+        result: Tensor = FORWARD(*problem, NO_NEEDS)[0]
         return result
 
     assert torch.autograd.gradcheck(loss, (input, inside, outside))
