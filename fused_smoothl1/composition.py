@@ -8,7 +8,6 @@ which overflows.
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,30 +24,11 @@ from fused_smoothl1.problem import (
 )
 
 
-class _Elements(NamedTuple):
-    """What the loss and its gradients are made of, for each element and in the compute dtype."""
-
-    difference: Tensor
-    """Of input and target, 0 where not selected."""
-    selected: Tensor | None
-    """What the masks select, if there are any."""
-    inside: Tensor | None
-    """What the weights multiply by, 0 where not selected; None is 1."""
-    outside: Tensor | None
-    """Likewise."""
-    loss: Tensor
-    """Without the outside weights."""
-    slopes: tuple[Tensor, Tensor, Tensor]
-    """Where the loss is linear, its slope there, and its slope elsewhere.
-
-    They are combined only where a gradient is needed.
-    """
-
-
 def loss(problem: Problem) -> Tensor:
     """Return the loss, connected to the graph of its operands."""
-    parts = _elements(problem)
-    value = parts.loss if parts.outside is None else parts.loss * parts.outside
+    _, _, _, outside, x = _elements(problem)
+    value, _ = _smooth_l1(x, problem)
+    value = value if outside is None else value * outside
     if problem.reduce:
         # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
         may_be_empty = may_hold(problem.input.numel() == 0)
@@ -68,30 +48,31 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients connected to the graph of the operands and of `upstream`."""
     if not any(needs):
         return NO_GRADIENTS
-    needs_input, needs_target, needs_inside, needs_outside = needs
-    parts = _elements(problem)
+    difference, selected, inside, outside, x = _elements(problem)
+    losses, slopes = _smooth_l1(x, problem)
 
-    def selected(gradient: Tensor) -> Tensor:
-        return gradient if parts.selected is None else torch.where(parts.selected, gradient, 0)
+    def select(gradient: Tensor) -> Tensor:
+        return gradient if selected is None else torch.where(selected, gradient, 0)
 
     scale = _quotient(upstream, problem) if problem.reduce else upstream
-    grad_outside = selected(parts.loss * scale) if needs_outside else None
-    slope = torch.where(*parts.slopes)
-    grad_x = slope * (scale if parts.outside is None else parts.outside * scale)
-    grad_inside = selected(parts.difference * grad_x) if needs_inside else None
-    gradient = selected(grad_x if parts.inside is None else grad_x * parts.inside)
-    return sum_to_weights(
-        problem,
-        (
-            gradient.to(problem.input.dtype) if needs_input else None,
-            -gradient.to(problem.target.dtype) if needs_target else None,
-            grad_inside,
-            grad_outside,
-        ),
+    grad_x = torch.where(*slopes) * (scale if outside is None else outside * scale)
+    gradient = select(grad_x if inside is None else grad_x * inside)
+    gradients = (
+        gradient.to(problem.input.dtype) if needs[0] else None,
+        -gradient.to(problem.target.dtype) if needs[1] else None,
+        select(difference * grad_x) if needs[2] else None,
+        select(losses * scale) if needs[3] else None,
     )
+    return sum_to_weights(problem, gradients)
 
 
-def _elements(problem: Problem) -> _Elements:
+def _elements(
+    problem: Problem,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Return the difference, what is selected, both weights, and the weighted difference.
+
+    They have the compute dtype, and are 0 where not selected. None stands for all, or for 1.
+    """
     dtype = problem.compute_dtype
     difference = problem.input.to(dtype) - problem.target.to(dtype)
     masks, *weights = split_weights(problem, lambda number: _as_tensor(number, difference))
@@ -105,11 +86,15 @@ def _elements(problem: Problem) -> _Elements:
     inside, outside = weights
     # The first tensor of a product decides its memory format.
     x = difference if inside is None else difference * inside
-    return _Elements(difference, selected, inside, outside, *_smooth_l1(x, problem))
+    return difference, selected, inside, outside, x
 
 
 def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Return the loss of weighted differences, and what its derivative is made of."""
+    """Return the loss of weighted differences, and what makes up its derivative.
+
+    That is where the loss is linear, its slope there, and its slope elsewhere, which are combined
+    only where a gradient is needed.
+    """
     beta: Tensor | float
     inverse_beta: Tensor | float
     if problem.beta is None:
