@@ -12,13 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from fused_smoothl1.hooks import is_static, may_hold
+from fused_smoothl1.hooks import may_hold
 from fused_smoothl1.problem import (
     NO_GRADIENTS,
     Gradients,
     Needs,
     Problem,
     beta_and_inverse,
+    in_range,
     split_weights,
     sum_to_weights,
 )
@@ -122,9 +123,7 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
 def _quotient(value: Tensor, problem: Problem) -> Tensor:
     if problem.divisor is not None:
         return value / problem.divisor.to(value.dtype)
-    divisor = problem.divisor_number
-    # A number of elements may be a symbol, and remains one.
-    return value / (_as_tensor(divisor, value) if is_static(divisor) else divisor)
+    return value / _as_tensor(problem.divisor_number, value)
 
 
 def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
@@ -133,4 +132,6 @@ def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
     The product of a number and a tensor without dimensions would have a float64 tangent, and where
     make_fx traces a transform before autograd, products with numbers are not possible at all.
     """
-    return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    return like.new_full((), in_range(value, like.dtype))

@@ -2,7 +2,7 @@
 
 `forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, in few operations
 over whole tensors: each of them costs, in small calls and on busy cores. The divisor may be a
-tensor, but beta is always a number here: traced and transformed calls get the composition.
+tensor, but beta is always a number here: `ops.py` gives other problems to the composition.
 """
 
 import math
@@ -21,6 +21,7 @@ from fused_smoothl1.problem import (
     Needs,
     Problem,
     beta_and_inverse,
+    in_range,
     is_mask,
     split_weights,
     sum_to_weights,
@@ -288,9 +289,8 @@ def _as_tensor(problem: Problem, value: float) -> Tensor:
     """Return a number as a tensor of the compute dtype, which costs a product less."""
     if problem.input.is_cpu:
         return _cached_tensor(value, problem.compute_dtype)
-    if abs(value) > torch.finfo(problem.compute_dtype).max:
-        value = math.copysign(math.inf, value)  # new_full refuses larger numbers.
-    return problem.input.new_full((), value, dtype=problem.compute_dtype)
+    dtype = problem.compute_dtype
+    return problem.input.new_full((), in_range(value, dtype), dtype=dtype)
 
 
 @lru_cache(maxsize=256)

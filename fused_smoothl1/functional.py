@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fused_smoothl1 import eager, ops
 from fused_smoothl1.autograd import apply
-from fused_smoothl1.dispatch import backend_for, is_plain
+from fused_smoothl1.dispatch import backend_for, is_eager, is_plain
 from fused_smoothl1.hooks import SYMBOLS, may_hold, traced_as_constant
 from fused_smoothl1.problem import FLOAT_DTYPES, MASK_DTYPES, NO_NEEDS, OPERANDS, make_problem
 
@@ -133,7 +133,7 @@ def smooth_l1_loss(
         reduction != "none",
     )
     if not is_plain(problem):
-        _load_sharding()
+        _load_sharding(input.device)
         return ops.loss(problem, sigma_number)
     backend = backend_for(input)
     if backend is eager and (native := eager.native_loss(problem)) is not None:
@@ -145,9 +145,9 @@ def smooth_l1_loss(
 
 
 @traced_as_constant
-def _load_sharding() -> None:
-    """Tell DTensor how to shard the operators, if it is in use: importing it takes a second."""
-    if "torch.distributed.tensor" in sys.modules:
+def _load_sharding(device: torch.device) -> None:
+    """Tell DTensor how to shard the operators, if both may be in use: importing it takes long."""
+    if "torch.distributed.tensor" in sys.modules and not is_eager(device):
         import_module("fused_smoothl1.sharding")
 
 

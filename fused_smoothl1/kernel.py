@@ -150,7 +150,8 @@ def _weight(
 ):
     """Return what a weight multiplies by, and which of the elements within bounds it selects.
 
-    number: what it multiplies by if its operand is absent; the other arguments as in `_load`
+    number: what it multiplies by if its operand is absent
+    within: which elements to load; the other arguments as in `_load` and `smooth_l1_kernel`
     """
     if ACCESS[OPERAND] is None:
         return tl.full((), number, COMPUTE), within

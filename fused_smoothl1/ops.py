@@ -35,23 +35,23 @@ from fused_smoothl1.problem import (
     sum_to_weights,
 )
 
-# The types of a problem's fields in a schema. (A number of elements may be symbolic, and a schema's
-# float would be fixed when it is traced.)
+# The types of a problem's fields in a schema.
 TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    float: "Scalar",
+    float: "float",
     torch.dtype: "ScalarType",
     bool: "bool",
 }
 # DTensor caches placements by the first integer argument, which a ScalarType is, and those behind
 # it. So `reduce` and `needs`, which decide placements, must come later.
 PROBLEM = ", ".join(f"{TYPES[kind]} {name}" for name, kind in get_type_hints(Problem).items())
+# (torch.jit.trace knows no list of bools.)
+NEEDS = ", ".join(f"bool needs_{name}" for name in Problem._fields[:OPERANDS])
 library = new_library("fused_smoothl1")
 for schema in (
-    f"forward({PROBLEM}, bool[{OPERANDS}] needs) -> (Tensor, Tensor, Tensor)",
-    f"backward(Tensor upstream, {PROBLEM}, bool[{OPERANDS}] needs)"
-    f" -> ({', '.join(['Tensor'] * OPERANDS)})",
+    f"forward({PROBLEM}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    f"backward(Tensor upstream, {PROBLEM}, {NEEDS}) -> ({', '.join(['Tensor'] * OPERANDS)})",
 ):
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.fused_smoothl1.forward.default
@@ -73,7 +73,8 @@ def loss(problem: Problem, sigma: float | None = None) -> Tensor:
     if is_transformed() or is_eager(problem.input.device):
         return composition.loss(problem)
     needs = needs_of(problem) if torch.is_grad_enabled() else NO_NEEDS
-    results: Results = FORWARD(*problem, needs if gradient_in_forward(problem, needs) else NO_NEEDS)
+    needs = needs if gradient_in_forward(problem, needs) else NO_NEEDS
+    results: Results = FORWARD(*problem, *needs)
     return results[0]
 
 
@@ -86,13 +87,12 @@ def needs_of(problem: Problem) -> Needs:
 def _without_symbols(problem: Problem, sigma: float | None) -> Problem:
     """Return the problem with tensors in the place of the symbols that a tracer has for numbers.
 
-    Whatever takes such a symbol itself is compiled anew for every value. Numbers of elements may
-    stay symbols.
+    Whatever takes such a symbol itself is compiled anew for every value, or cannot take it.
     """
     fields: list[Any] = list(problem)
     for tensor in range(2, TENSORS):
         number = fields[tensor + TO_NUMBER]
-        if isinstance(number, (float, torch.SymFloat)) and not is_static(number):
+        if not is_static(number):
             # (With new_ones, the product would be compiled for every value under torch.vmap.)
             one: Any = torch.ones((), dtype=problem.compute_dtype, device=problem.input.device)
             fields[tensor], fields[tensor + TO_NUMBER] = one * number, 1.0
@@ -121,14 +121,17 @@ class _Shapes:
 
 
 def _run(*arguments: Any) -> Results:
-    """Return the results of an operator from the kernel, else from the composition."""
-    backend = backend_for(arguments[-FIELDS - 1])
-    return _results(arguments, composition if backend is eager else backend)
+    """Return the results of an operator from the backend, or what it cannot do by composition."""
+    problem = Problem(*arguments[-OPERANDS - FIELDS : -OPERANDS])
+    backend: Any = backend_for(problem.input)
+    if backend is eager and problem.beta is not None:
+        backend = composition
+    return _results(arguments, backend)
 
 
 def _results(arguments: tuple[Any, ...], backend: Any) -> Results:
     """Return the results of an operator for its arguments, from this backend."""
-    *upstream, needs = arguments
+    *upstream, needs = *arguments[:-OPERANDS], arguments[-OPERANDS:]
     problem = Problem(*upstream[-FIELDS:])
     results: tuple[Tensor | None, ...]
     if len(upstream) > FIELDS:
@@ -147,7 +150,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with below_autograd():
             results: Results = operator(*arguments)
-        options = TENSORS - FIELDS - 1  # The number of arguments behind the tensors, from the end.
+        options = TENSORS - FIELDS - OPERANDS  # Where those behind the tensors begin.
         gradients = results[1:] if operator is FORWARD else ()
         ctx.save_for_backward(*arguments[:options], *gradients)
         ctx.operator, ctx.options = operator, arguments[options:]
@@ -164,10 +167,10 @@ class _Differentiable(torch.autograd.Function):
         if not saved or upstream is None or any(other is not None for other in others):
             # A gradient is itself differentiated, perhaps one that was computed with the loss.
             return None, *_vjp(arguments, needed, upstreams)
-        *_, has_masks, needs_in_forward = ctx.options
+        *_, has_masks = ctx.options[:-OPERANDS]
         needs = tuple(needed[:OPERANDS])
         if (
-            needs == tuple(needs_in_forward)
+            needs == ctx.options[-OPERANDS:]
             # A graph of make_fx cuts off what is saved, so it could not be differentiated again.
             and not is_in_make_fx()
             # A product with what is not finite would turn excluded elements into NaN.
@@ -177,7 +180,7 @@ class _Differentiable(torch.autograd.Function):
             products = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in saved)
             gradients = (*products, None, None)
         else:
-            gradients = BACKWARD(upstream, *arguments[:-1], needs)
+            gradients = BACKWARD(upstream, *arguments[:-OPERANDS], *needs)
         rest = (None for _ in needed[OPERANDS:])
         return None, *(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest
 

@@ -50,14 +50,16 @@ class Problem(NamedTuple):
     inside_number: float
     outside_number: float
     divisor_number: float
-    """A number of elements may be a symbol of a tracer's. The other numbers never are."""
     beta_number: float
     compute_dtype: torch.dtype
     """The dtype of arithmetic and accumulation: float64 where any operand is, else float32."""
     loss_dtype: torch.dtype
     """The dtype of the loss."""
     reduce: bool
-    """Whether the loss is a sum over all elements, or one loss per element."""
+    """Whether the loss is a sum over all elements, or one loss per element.
+
+    (It stands behind the dtypes for `ops.PROBLEM`.)
+    """
     has_masks: bool
     """Whether `inside` or `outside` is a mask, so that some elements may not be selected."""
 
@@ -152,6 +154,11 @@ def beta_and_inverse(problem: Problem) -> tuple[float, float]:
     beta, largest = problem.beta_number, LARGEST[problem.compute_dtype]
     # No difference lies beyond the largest number either.
     return (min(beta, largest), 1.0 / beta) if beta * largest >= 1.0 else (0.0, math.inf)
+
+
+def in_range(number: float, dtype: torch.dtype) -> float:
+    """Return the number, or inf or -inf where a tensor of this dtype refuses to hold it."""
+    return number if abs(number) <= LARGEST[dtype] else math.copysign(math.inf, number)
 
 
 def is_mask(operand: Tensor | None) -> TypeGuard[Tensor]:

@@ -233,7 +233,7 @@ def test_no_grad_computes_no_gradient(triton_backend: str, device: str) -> None:
     wanted: list[Any] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Any:
-        wanted.extend(node.args[-1] for node in graph.graph.nodes if str(node.target) == OPERATOR)
+        wanted.extend(node.args[-4:] for node in graph.graph.nodes if str(node.target) == OPERATOR)
         return graph.forward
 
     operands, options = make("plain", device=device)

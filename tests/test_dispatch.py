@@ -106,12 +106,15 @@ def test_rules_of_dtensor_are_registered_where_it_is_in_use() -> None:
     """To import it takes a second, which nobody else should wait for."""
     _succeeds(
         """
-import sys
+import sys, torch
 from fused_smoothl1 import functional
-functional._load_sharding()
+functional.is_eager = lambda device: device.type == "cpu"
+functional._load_sharding(torch.device("cuda"))
 assert not {"torch.distributed.tensor", "fused_smoothl1.sharding"} & set(sys.modules)
 import torch.distributed.tensor
-functional._load_sharding()
+functional._load_sharding(torch.device("cpu"))
+assert "fused_smoothl1.sharding" not in sys.modules
+functional._load_sharding(torch.device("cuda"))
 assert "fused_smoothl1.sharding" in sys.modules
 """
     )

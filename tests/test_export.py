@@ -119,6 +119,24 @@ def test_normalizer(backend: str, device: str) -> None:
     torch.testing.assert_close(program.module()(*operands), module(*operands))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
+def test_operator_takes_numbers(reduction: str, triton_backend: str, device: str) -> None:
+    """No symbol of a size: AOTInductor writes out only what is a number."""
+    program = _exported(_Step(sigma=3.0, reduction=reduction).to(device), False, device)
+    (node,) = (node for node in program.graph.nodes if str(node.target) == OPERATOR)
+    inputs = [argument.meta["val"] for argument in node.all_input_nodes]
+    assert all(isinstance(value, Tensor) for value in inputs)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
+def test_traced_again(reduction: str, backend: str, device: str) -> None:
+    """torch.jit.trace of an exported graph."""
+    module, operands = _Step(sigma=3.0, reduction=reduction).to(device), _operands(6, device)
+    exported = torch.export.export(module, operands).module()
+    traced = torch.jit.trace(exported, operands, check_trace=False)
+    torch.testing.assert_close(traced(*operands), module(*operands))
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="waits for a CUDA GPU: on a CPU it takes a minute of C++"
 )

@@ -293,7 +293,7 @@ def test_vmap_of_the_forward_operator(dtype: torch.dtype, backend: str, device: 
             x, t, a, d = tensors
             divisor = d if reduce else None
             problem = make_problem(x, t, a, outside, divisor, beta_number=0.5, reduce=reduce)
-            found: tuple[Tensor, ...] = FORWARD(*problem, (reduce, reduce, False, False))
+            found: tuple[Tensor, ...] = FORWARD(*problem, *(reduce, reduce, False, False))
             return found
 
         found = torch.func.vmap(one, (0, 2, 0, 0))(inputs, targets, inside, divisors)
@@ -310,8 +310,13 @@ def test_vmap_of_the_backward_operator(reduce: bool, backend: str, device: str) 
     upstreams = gaussian(*((3,) if reduce else (6, 4, 3)), seed=5, device=device)
 
     def one(upstream: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-        problem = make_problem(x, target, a, outside, beta_number=0.5, reduce=reduce)
-        found: tuple[Tensor, ...] = BACKWARD(upstream, *problem, (True, False, True, True))
+        problem = make_problem(
+            *(x, target, a, outside),
+            divisor_number=3.0 if reduce else 1.0,
+            beta_number=0.5,
+            reduce=reduce,
+        )
+        found: tuple[Tensor, ...] = BACKWARD(upstream, *problem, *(True, False, True, True))
         return found
 
     found = torch.func.vmap(one, (0 if reduce else 2, 0, 0))(upstreams, inputs, inside)
@@ -328,7 +333,7 @@ def test_vmap_of_the_operator_with_a_mask(backend: str, device: str) -> None:
 
     def one(x: Tensor) -> tuple[Tensor, ...]:
         problem = make_problem(x, target, mask, divisor_number=24, beta_number=0.5)
-        found: tuple[Tensor, ...] = FORWARD(*problem, (True, False, False, False))
+        found: tuple[Tensor, ...] = FORWARD(*problem, *(True, False, False, False))
         return found[:2]
 
     losses, gradients = torch.func.vmap(one)(inputs)

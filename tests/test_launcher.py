@@ -171,7 +171,8 @@ def test_narrowest_operand_decides(narrow: torch.dtype, gpu: FakeGpu) -> None:
     for one, other in [dtypes, dtypes[::-1]]:
         input = torch.empty(SEVERAL, device="cuda:0", dtype=one)
         target = torch.empty(SEVERAL, device="cuda:0", dtype=other)
-        _launch().forward(make_problem(input, target), NO_NEEDS)
+        problem = make_problem(input, target, divisor_number=3.0, beta_number=0.5)
+        _launch().forward(problem, NO_NEEDS)
         assert gpu.launches[-1].arguments["LANES"] == 16 // narrow.itemsize
 
 
@@ -283,6 +284,19 @@ def test_upstream_gradient_of_1(masked: bool, triton_backend: str) -> None:
 
 
 @on_interpreter
+@pytest.mark.parametrize("place", [2, 3], ids=["inside", "outside"])
+def test_what_masks_exclude_is_not_loaded(place: int, triton_backend: str) -> None:
+    from tests.interpreter import recorded
+
+    operands = [gaussian(9, 4, seed=1), gaussian(9, 4, seed=2), None, None]
+    operands[place] = torch.zeros(9, 1, dtype=torch.bool)
+    with recorded() as events:
+        smooth_l1_loss(*operands)  # type: ignore[arg-type]
+    loaded = {event.argument for event in events if event.kind == "load"}
+    assert loaded == {f"operands[{place}]"}
+
+
+@on_interpreter
 def test_order_around_the_ticket(triton_backend: str) -> None:
     """Each partial sum is stored, then there is a barrier, then the ticket is drawn.
 
@@ -291,7 +305,8 @@ def test_order_around_the_ticket(triton_backend: str) -> None:
     from tests.interpreter import recorded
 
     launch = _launch()
-    problem = make_problem(gaussian(10_000, seed=1), gaussian(10_000, seed=2))
+    input, target = gaussian(10_000, seed=1), gaussian(10_000, seed=2)
+    problem = make_problem(input, target, divisor_number=3.0, beta_number=0.5)
     with recorded() as events:
         launch.forward(problem, NO_NEEDS)
     names = {"partials_ptr", "ticket_ptr", "loss_ptr", ""}

@@ -125,6 +125,20 @@ def test_bad_upstream_gradient_of_unselected(
             assert not gradient[0::2].isfinite().any()
 
 
+@pytest.mark.parametrize("upstream", BAD)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_bad_upstream_gradient_beside_weights_of_another_dtype(
+    swapped: bool, upstream: float, backend: str, device: str
+) -> None:
+    """Whichever of both is the mask."""
+    input = gaussian(N, C, seed=1, device=device, requires_grad=True)
+    weights = [_rows(device), gaussian(N, C, seed=3, dtype=torch.float16, device=device)]
+    inside, outside = weights[::-1] if swapped else weights
+    loss = smooth_l1_loss(input, torch.zeros_like(input), inside, outside, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, input, torch.full_like(loss, upstream))
+    assert torch.equal(gradient == 0, ~_rows(device).expand_as(gradient))
+
+
 @pytest.mark.parametrize("role", ["inside", "outside"])
 @pytest.mark.parametrize("selects", [True, False])
 def test_python_bool_is_a_mask(selects: bool, role: str, backend: str, device: str) -> None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from fused_smoothl1 import smooth_l1_loss
 from tests import oracle
-from tests.support import assert_near, assert_same, backend_set
+from tests.support import assert_near, assert_same, backend_set, gaussian
 
 NAN, INF = math.nan, math.inf
 TINY = 1e-45  # the smallest float32 above 0
@@ -94,6 +94,30 @@ def test_beta_beyond_float32(how: str, option: dict[str, float], backend: str, d
         gradient.cpu().double(), torch.from_numpy(expected.input), rtol=1e-6, atol=0
     )
     assert loss[4] == INF
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"outside_weights": 1e39},
+        {"inside_weights": -1e300},
+        {"outside_weights": 1e39, "reduction": "none"},
+        {"normalizer": 1e300, "reduction": "sum"},
+    ],
+    ids=str,
+)
+def test_numbers_beyond_float32(
+    options: dict[str, Any], rows: int, backend: str, device: str
+) -> None:
+    """They are infinite in every context, and divide to 0."""
+    input = gaussian(rows, 4, seed=1, device=device)
+    target = gaussian(rows, 4, seed=2, device=device)
+    plain = smooth_l1_loss(input, target, **options)
+    compiled = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)
+    assert_same("loss", compiled(input, target, **options), plain)
+    batched = torch.func.vmap(lambda x: smooth_l1_loss(x, target, **options))
+    assert_same("loss", batched(input[None])[0], plain)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])

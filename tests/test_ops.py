@@ -101,7 +101,7 @@ def _named(name: str, device: str) -> Problem:
 
 def _forward_arguments(problem: Problem) -> tuple[Any, ...]:
     needs = ops.needs_of(problem)
-    return *problem, needs if gradient_in_forward(problem, needs) else NO_NEEDS
+    return *problem, *(needs if gradient_in_forward(problem, needs) else NO_NEEDS)
 
 
 def _backward_arguments(problem: Problem) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ def _backward_arguments(problem: Problem) -> tuple[Any, ...]:
     upstream = gaussian(
         *shape, seed=9, dtype=problem.loss_dtype, device=problem.input.device.type
     ).requires_grad_()
-    return upstream, *problem, ops.needs_of(problem)
+    return upstream, *problem, *ops.needs_of(problem)
 
 
 def _assert_all_green(results: dict[str, str]) -> None:
@@ -181,6 +181,17 @@ def test_fake_tensors_match_real_ones(
         assert one.dtype == other.dtype
         assert one.device == other.device
         assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("layout", [*_layouts("cpu"), "empty channels_last"])
+def test_memory_format(layout: str, backend: str, device: str) -> None:
+    """Of the operator itself, which a compiler calls: as its trace has promised."""
+    layouts = _layouts(device)
+    layouts["empty channels_last"] = layouts["channels_last"][:0]
+    input = layouts[layout]
+    problem = make_problem(input, torch.zeros_like(input), beta_number=0.5, reduce=False)
+    loss = FORWARD(*problem, *NO_NEEDS)[0]
+    assert loss.stride() == torch.empty_like(input).stride()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -297,8 +308,8 @@ def test_what_is_not_wanted_is_empty(backend: str, device: str) -> None:
     """An operator has no optional results: these cost neither memory nor a launch."""
     problem = _named("trained weights", device)
     upstream, *_ = _backward_arguments(problem)
-    _, *gradients = FORWARD(*problem, (False, True, False, False))
-    gradients += BACKWARD(upstream, *problem, (False, True, False, True))
+    _, *gradients = FORWARD(*problem, *(False, True, False, False))
+    gradients += BACKWARD(upstream, *problem, *(False, True, False, True))
     sizes = [gradient.numel() for gradient in gradients]
     assert sizes == [0, 24, 0, 24, 0, 1]
 
@@ -311,8 +322,10 @@ def test_gradgradcheck(triton_backend: str, device: str) -> None:
     )
 
     def loss(input: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
-        problem = make_problem(input, target.detach(), inside, outside, divisor_number=4)
-        result: Tensor = FORWARD(*problem, NO_NEEDS)[0]
+        problem = make_problem(
+            *(input, target.detach(), inside, outside), divisor_number=4, beta_number=0.5
+        )
+        result: Tensor = FORWARD(*problem, *NO_NEEDS)[0]
         return result
 
     assert torch.autograd.gradcheck(loss, (input, inside, outside))
@@ -326,7 +339,7 @@ def test_shares_no_workspace(device: str, triton_backend: str) -> None:
     input, target = (gaussian(20_011, seed=seed, device=device) for seed in (1, 2))
     problem = make_problem(input, target, divisor_number=20_011)
     launch._workspaces.clear()
-    found = FORWARD(*problem, (True, False, False, False))
+    found = FORWARD(*problem, *(True, False, False, False))
     assert not launch._workspaces
     expected = launch.forward(problem, (True, False, False, False))
     assert launch._workspaces, "it takes one, where calls follow each other on a stream"

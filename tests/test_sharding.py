@@ -51,6 +51,7 @@ def _problems(masks: bool) -> Iterator[Problem]:
             weights(outside, 4),
             divisor=torch.tensor(3.0) if reduce else None,
             beta=torch.tensor(0.5) if masks else None,
+            inside_number=0.5 if inside is None else 1.0,
             outside_number=0.5 if outside is None else 1.0,
             beta_number=1.0 if masks else 0.5,
             reduce=reduce,
@@ -103,7 +104,7 @@ def test_rules_of_forward(masks: bool, eager_backend: str) -> None:
         for needs in itertools.product((False, True), (False, True), (False,), (False,)):
             if any(needs) and not problem.reduce:
                 continue  # These gradients come with a reduced loss only.
-            arguments = *problem, needs
+            arguments = *problem, *needs
             found = _check(ops.FORWARD, forward_rules(*arguments), arguments)
             assert found == _every_placement(problem)
 
@@ -122,6 +123,6 @@ def test_rules_of_backward(masks: bool, eager_backend: str) -> None:
                 for needed, weights in zip(needs, problem[:4], strict=True)
             ):
                 continue
-            arguments = upstream, *problem, needs
+            arguments = upstream, *problem, *needs
             found = _check(ops.BACKWARD, backward_rules(*arguments), arguments)
             assert found == _every_placement(problem)
