@@ -21,7 +21,7 @@ from fused_smoothl1.problem import (
 
 
 class SmoothL1(torch.autograd.Function):
-    """The loss of a `Problem`, with its gradient computed in the forward pass where that is exact.
+    """The loss of a `Problem`, with its gradient if `gradient_in_forward` says so.
 
     A plain Function: one with `setup_context` inspects signatures at every call, which costs
     more host time than a small loss takes on a GPU.

@@ -1,4 +1,4 @@
-"""Which calls are plain, and which backend computes them. This is the only place that decides."""
+"""Which calls are plain, and which backend computes on a device."""
 
 import os
 import sys

@@ -44,16 +44,16 @@ FEW = 1 / 8  # if they are at most this share of all.
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
 # Left, right, inside and outside weights (None is 1), and masks. Left minus right is the weighted
-# difference: they are input and target if nothing alters these, else that difference, in the
-# compute dtype and 0 where not selected, and a 0-d 0.
+# difference: they are input and target without weights, conversions or an unusual beta, else that
+# difference, in the compute dtype and 0 where not selected, and a 0-d 0.
 Terms = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Masks]
 
 
 def native_loss(problem: Problem) -> Tensor | None:
     """Return PyTorch's own loss, connected to the graph of its operands, or None.
 
-    None if there are weights, a normalizer or several dtypes, if its gradient would have another
-    memory format than the input, or if it is so large that the gradient is better made with it.
+    None unless the operands are bare, contiguous and of the compute dtype, the divisor is 1 or
+    their size, and beta is ordinary; nor for a large sum: its gradient is better made with it.
     """
     if not (problem.inside is problem.outside is problem.divisor is None):
         return None
@@ -193,7 +193,7 @@ def _difference(problem: Problem) -> Tensor:
 
 
 def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Split those tensors that have rows into parts of at most `PART` elements."""
+    """Split those tensors that have rows into parts of about `PART` elements."""
     input = problem.input
     step = max(PART * len(input) // input.numel(), 1)
 
@@ -286,7 +286,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_tensor(problem: Problem, value: float) -> Tensor:
-    """Return a number as a tensor of the compute dtype, which costs a product less."""
+    """Return a number as a tensor of the compute dtype, so that products cost less."""
     if problem.input.is_cpu:
         return _cached_tensor(value, problem.compute_dtype)
     dtype = problem.compute_dtype

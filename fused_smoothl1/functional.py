@@ -49,7 +49,7 @@ def smooth_l1_loss(
     with :math:`\beta = 1 / \sigma^2`. Where ``beta`` tends to 0 this is the L1 loss; ``beta`` times
     this loss is the Huber loss with ``delta = beta``.
 
-    On a GPU one Triton kernel computes the loss and the gradient together, in the forward pass;
+    On a GPU one Triton kernel computes the loss, and in the same pass the gradient where it can;
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
     PyTorch gives the same result, to rounding. Numbers are not compiled into the kernel: new values
     cost nothing, except one recompilation by ``torch.compile`` at the second one.

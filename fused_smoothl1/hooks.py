@@ -1,8 +1,8 @@
 """The private names of PyTorch that this package needs, each with the reason.
 
-All of them exist in every version of PyTorch that the package is tested with. Where one is missing,
-importing the package fails and names it, unless a comment here says what happens instead. There is
-no fallback: a wrong guess about what surrounds a call could mean a wrong gradient.
+All of them exist in every version of PyTorch that the package is tested with. A missing one fails
+by name, on import or where a function here uses it, unless a comment says otherwise. There is no
+fallback: a wrong guess about what surrounds a call could mean a wrong gradient.
 """
 
 from collections.abc import Callable

@@ -34,7 +34,7 @@ WIDEST_ACCESS = 16
 TILE_BYTES = 4096
 MOST_ELEMENTS = 1024
 THREADS = 128
-# A program loops over tiles, so that no more partial sums are to be added than fill the GPU once.
+# Programs loop over tiles: there are no more than fill the GPU once, so few partial sums to add.
 PROGRAMS_PER_MULTIPROCESSOR = 8
 # Below this size a multiplication costs less host time than a kernel that can skip it.
 MULTIPLY_BELOW = 1 << 20
@@ -99,7 +99,7 @@ def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gr
 def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs) -> Gradients:
     """Compute the gradients anew, in place and in one launch, unless the upstream gradient is 1.
 
-    What masks exclude is not even loaded, so this may be less work than a product.
+    Groups that masks exclude are not even loaded, so this may be less work than a product.
     """
     _launch(problem, upstream, None, gradients, unless_one=True)
     return gradients
@@ -158,7 +158,7 @@ def _launch(
                 plan.lanes,
                 plan.block,
                 num_warps=_warps(),
-                # Without fused multiply-add every element has the bits that eager PyTorch gives it.
+                # Without fused multiply-add each operation rounds as it does in eager PyTorch.
                 enable_fp_fusion=False,
             )
         except BaseException:
@@ -176,8 +176,8 @@ def _plan(
 ) -> Plan:
     """Plan the walk through operands, (shape, strides) each, in the memory order of `order`.
 
-    `itemsize`, in bytes, is the smallest of the dense operands: it decides how many elements a wide
-    access moves.
+    `itemsize`, in bytes, is the least of input, target and outputs: it decides how many elements a
+    wide access moves.
     """
     nothing = (), ()  # broadcasts to every shape, and changes no plan
     expanded = (broadcast_strides(*(operand or nothing), shape) for operand in operands)
@@ -302,7 +302,7 @@ def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]
 
 
 def _in_memory(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor with its values in memory: neither zeros without it, nor negated ones."""
+    """Return the tensor as its memory holds it: no zeros without memory, no pending negation."""
     if tensor is None:
         return None
     return torch.zeros_like(tensor) if has_no_memory(tensor) else tensor.resolve_neg()

@@ -121,7 +121,7 @@ class _Shapes:
 
 
 def _run(*arguments: Any) -> Results:
-    """Return the results of an operator from the backend, or what it cannot do by composition."""
+    """Return an operator's results from the backend, or by composition where it cannot."""
     problem = Problem(*arguments[-OPERANDS - FIELDS : -OPERANDS])
     backend: Any = backend_for(problem.input)
     if backend is eager and problem.beta is not None:

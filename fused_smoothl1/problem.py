@@ -125,7 +125,7 @@ class Backend(Protocol):
     def recompute(
         self, problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs
     ) -> Gradients:
-        """Return what `backward` does, given what `forward` returned, which may be overwritten."""
+        """Return what `backward` does; the gradients from `forward` may be overwritten."""
         ...
 
 
@@ -158,7 +158,7 @@ def beta_and_inverse(problem: Problem) -> tuple[float, float]:
 
 def in_range(number: float, dtype: torch.dtype) -> float:
     """Return the number, or inf or -inf where a tensor of this dtype refuses to hold it."""
-    return number if abs(number) <= LARGEST[dtype] else math.copysign(math.inf, number)
+    return math.copysign(math.inf, number) if abs(number) > LARGEST[dtype] else number
 
 
 def is_mask(operand: Tensor | None) -> TypeGuard[Tensor]:
