@@ -42,11 +42,10 @@ class SmoothL1(torch.autograd.Function):
         needs: Needs = ctx.needs_input_grad[:OPERANDS]
         in_forward = gradient_in_forward(problem, needs)
         loss, gradients = backend.forward(problem, needs if in_forward else NO_NEEDS)
-        # In a list, because compiled autograd gives `backward` a new context each time.
-        ctx.gradients = [gradients] if in_forward else []
-        ctx.backend = backend
         ctx.save_for_backward(*problem[:TENSORS])
-        ctx.options = problem[TENSORS:]
+        # In one tuple, because attributes cost time; and the gradients in a list, because compiled
+        # autograd gives `backward` a new context each time.
+        ctx.kept = backend, problem[TENSORS:], [gradients] if in_forward else []
         return loss
 
     @staticmethod
@@ -56,16 +55,16 @@ class SmoothL1(torch.autograd.Function):
         (upstream,) = upstreams
         is_plain = is_plain_backward(upstream)
         # A saved gradient is overwritten and handed out, so it serves only once.
-        gradients: Gradients | None = ctx.gradients.pop() if ctx.gradients else None
-        backend: Backend = ctx.backend
+        kept: tuple[Backend, tuple[Any, ...], list[Gradients]] = ctx.kept
+        backend, options, saved = kept
+        gradients = saved.pop() if saved else None
         if is_plain and gradients is not None:
-            *_, has_masks = ctx.options
-            scaled = backend.scale(gradients, upstream, has_masks)
+            scaled = backend.scale(gradients, upstream, options[-1])
             if scaled is not None:
                 return *scaled, None, None
 
         # Raises if an operand was modified in place since, or if the graph was freed.
-        problem = Problem(*ctx.saved_tensors, *ctx.options)
+        problem = Problem(*ctx.saved_tensors, *options)
         needs: Needs = ctx.needs_input_grad[:OPERANDS]
         if not is_plain:
             return *composition.backward(problem, upstream, needs), None, None

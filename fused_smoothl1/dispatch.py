@@ -51,7 +51,11 @@ def backend_on(device: torch.device) -> Backend:
         raise ValueError(
             f"FUSED_SMOOTHL1_BACKEND must be one of {', '.join(CHOICES)}, got {choice!r}"
         )
-    if choice == "eager" or (choice == "auto" and device.type not in TRITON_DEVICES):
+    if (
+        choice == "eager"
+        or device.type == "meta"  # Nothing is computed there.
+        or (choice == "auto" and device.type not in TRITON_DEVICES)
+    ):
         return eager
     backend, obstacle = _triton_on(device)
     if backend is not None:
@@ -70,10 +74,7 @@ def is_plain(values: tuple[Any, ...]) -> bool:
     The first of the values is a tensor.
     """
     return (
-        # torch.compile and torch.export, which trace this very call.
-        not is_dynamo_compiling()
-        and not is_transformed()
-        and not is_watched()
+        _is_executed_as_it_stands()
         # Tensors without data, of which only the operators' results are known.
         and not values[0].is_meta
         # DTensor, FakeTensor and other subclasses, and symbols in the place of numbers.
@@ -88,8 +89,16 @@ def is_plain_backward(upstream: Tensor) -> bool:
         not torch.is_grad_enabled()
         # torch.vmap over autograd.grad, forward-mode AD of a gradient, compiled autograd, and
         # is_grads_batched=True.
-        and is_plain((upstream,))
+        and _is_executed_as_it_stands()
+        and type(upstream) is Tensor
         and not is_legacy_batched(upstream)
+    )
+
+
+def _is_executed_as_it_stands() -> bool:
+    return (
+        # torch.compile and torch.export, which trace this very call.
+        not is_dynamo_compiling() and not is_transformed() and not is_watched()
     )
 
 

@@ -128,8 +128,16 @@ def smooth_l1_loss(
     divisor, divisor_number = _divisor(reduction, normalizer, input)
     sigma_number, beta_number = _sigma_and_beta(sigma, beta)
     problem = make_problem(
-        *(input, target, inside, outside, divisor, None),
-        *(inside_number, outside_number, divisor_number, beta_number),
+        input,
+        target,
+        inside,
+        outside,
+        divisor,
+        None,
+        inside_number,
+        outside_number,
+        divisor_number,
+        beta_number,
         reduction != "none",
     )
     if not is_plain(problem):
@@ -216,11 +224,12 @@ def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    if not is_dynamo_compiling() and type(math.prod((*shape, *to))) is int and shape == to:
-        return True  # The common case; sizes that are symbols are compared below.
     # Lengths first: comparing symbolic sizes adds guards.
     if len(shape) > len(to):
         return False
+    if not is_dynamo_compiling() and type(math.prod((*shape, *to))) is int:
+        # Without symbols, the same in a fraction of the time.
+        return shape == to or all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
     for i in range(-len(shape), 0):
         if may_hold(shape[i] != 1) and not _equal(shape[i], to[i]):
             return False

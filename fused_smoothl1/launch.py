@@ -1,7 +1,7 @@
-"""The backend on Triton: strides, grid, workspace, the launch."""
+"""The backend on Triton: what the kernels get, and a workspace for their sums."""
 
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -12,16 +12,31 @@ from torch import Tensor
 
 from fused_smoothl1.hooks import has_no_memory, untraced
 from fused_smoothl1.kernel import scale_kernel, smooth_l1_kernel
+from fused_smoothl1.launcher import (
+    INT32_MAX,
+    Arguments,
+    Code,
+    Facts,
+    Gpu,
+    Known,
+    addresses_of,
+    facts_of,
+    gpu_of,
+    named,
+    of_integers,
+    of_tensors,
+)
 from fused_smoothl1.layout import Ints, broadcast_strides, collapse, contiguous_strides, extent
 from fused_smoothl1.problem import (
+    MASK_DTYPES,
     OPERANDS,
+    TENSORS,
     Gradients,
     Needs,
     Problem,
     beta_and_inverse,
     empty_gradients,
     empty_loss,
-    is_mask,
     sum_to_weights,
 )
 
@@ -38,8 +53,13 @@ THREADS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 8
 # Below this size a multiplication costs less host time than a kernel that can skip it.
 MULTIPLY_BELOW = 1 << 20
-INT32_MAX = 2**31 - 1
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+INDEX_DTYPES = (tl.int32, tl.int64)
+# Of all pointers of the kernel: it walks through the operands and the upstream gradient; divisor,
+# beta and loss follow, then the gradients, then the workspace.
+WALKED = OPERANDS + 1
+GRADIENTS = WALKED + 3
+WORKSPACE = GRADIENTS + OPERANDS
 
 
 class Plan(NamedTuple):
@@ -47,6 +67,7 @@ class Plan(NamedTuple):
 
     sizes: Ints | None
     strides: tuple[Ints | None, ...]
+    numel: int
     access: tuple[str | None, ...]
     aligned: bool
     lanes: int
@@ -54,12 +75,29 @@ class Plan(NamedTuple):
     is_long: bool
 
 
+class Launch(NamedTuple):
+    """How problems are launched whose tensors agree in their `Facts`."""
+
+    code: Code
+    programs: int
+    has_workspace: bool
+    """Whether several programs add up one sum."""
+    walk: Arguments
+    """Sizes, strides and number of elements."""
+    constants: Arguments
+    """What is compiled in, of the kernel's arguments."""
+
+
 @untraced
 def forward(
     problem: Problem, needs: Needs, *, may_be_replayed: bool = False
 ) -> tuple[Tensor, Gradients]:
     """Return the loss and the needed gradients for an upstream gradient of 1, in one launch."""
-    loss, gradients = empty_loss(problem), empty_gradients(problem, needs)
+    if problem.reduce:
+        loss = torch.empty_like(_scalar(problem.input.device, problem.loss_dtype))
+    else:
+        loss = empty_loss(problem)
+    gradients = empty_gradients(problem, needs)
     _launch(problem, None, loss, gradients, may_be_replayed=may_be_replayed)
     return loss, gradients
 
@@ -75,24 +113,29 @@ def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gr
     """Multiply what `forward` returned by the upstream gradient, in place and in one launch."""
     if has_masks:
         return None
-    first, *others = [gradient for gradient in gradients if gradient is not None]
-    numel = first.numel()
+    present = [gradient for gradient in gradients if gradient is not None]
+    first, numel = present[0], present[0].numel()
     # (PyTorch's product of 16 bits with float32 on a GPU would round the upstream gradient first.)
-    if not others and numel < MULTIPLY_BELOW and first.dtype == upstream.dtype:
+    if numel < MULTIPLY_BELOW and len(present) == 1 and first.dtype == upstream.dtype:
         first.mul_(upstream)
         return gradients
-    block = TILE_BYTES // min(gradient.element_size() for gradient in (first, *others))
-    with _device_of(first):
-        scale_kernel[(_programs(first.device, numel, block),)](
-            gradients[:2],
-            _in_memory(upstream),
-            numel,
-            TRITON_DTYPES[upstream.dtype],
-            tl.int64 if numel + block > INT32_MAX else tl.int32,
-            block,
-            num_warps=_warps(),
-            enable_fp_fusion=False,
-        )
+    gpu = gpu_of(first.device)
+    if not gpu.is_current():
+        with gpu.made_current():
+            return scale(gradients, upstream)
+    block = TILE_BYTES // min(gradient.element_size() for gradient in present)
+    constants = TRITON_DTYPES[upstream.dtype], INDEX_DTYPES[numel + block > INT32_MAX], block
+    tensors = *gradients[:2], _in_memory(upstream)
+    addresses = addresses_of(tensors)
+    facts = named(facts_of(tensors, addresses, gpu))
+    kind = constants, numel > INT32_MAX, of_tensors(facts)
+    _scale_code(gpu, *kind).launch(
+        _programs(gpu, numel, block),
+        gpu.stream(),
+        tensors,
+        addresses,
+        (numel, *constants),
+    )
     return gradients
 
 
@@ -110,61 +153,87 @@ def _launch(
     upstream: Tensor | None,
     loss: Tensor | None,
     gradients: Gradients,
-    *,
     unless_one: bool = False,
     may_be_replayed: bool = False,
 ) -> None:
-    input = problem.input
-    operands = tuple(map(_in_memory, (*problem[:OPERANDS], upstream)))
-    outputs = [t for t in (None if problem.reduce else loss, *gradients) if t is not None]
-    numel = input.numel()
-    plan = _plan(
-        tuple(input.shape),
-        outputs[0].stride() if outputs else input.stride(),
-        tuple(None if t is None else (tuple(t.shape), t.stride()) for t in operands),
-        min(t.element_size() for t in (input, problem.target, *outputs)),
+    gpu = gpu_of(problem.input.device)
+    if not gpu.is_current():
+        with gpu.made_current():
+            return _launch(problem, upstream, loss, gradients, unless_one, may_be_replayed)
+    tensors = (*problem[:OPERANDS], upstream, *problem[OPERANDS:TENSORS], loss, *gradients)
+    addresses = addresses_of(tensors)
+    launch = _launch_of(
+        *(gpu, facts_of(tensors, addresses, gpu)),
+        *(problem.compute_dtype, problem.reduce, unless_one),
     )
-    programs = _programs(input.device, numel, plan.block)
-    reduces = problem.reduce and loss is not None
-    with _device_of(input):
-        partials, ticket = (
-            _workspace(input.device, programs, may_be_replayed)
-            if reduces and programs > 1
-            else (None, None)
+    if launch is None or 0 in addresses:
+        problem = Problem._make((*map(_in_memory, problem[:TENSORS]), *problem[TENSORS:]))
+        upstream = _in_memory(upstream)
+        return _launch(problem, upstream, loss, gradients, unless_one, may_be_replayed)
+
+    stream = gpu.stream()
+    workspace, workspace_addresses = NO_WORKSPACE
+    if launch.has_workspace:
+        workspace, workspace_addresses = _workspace(gpu, stream, launch.programs, may_be_replayed)
+    try:
+        launch.code.launch(
+            launch.programs,
+            stream,
+            tensors + workspace,
+            addresses + workspace_addresses,
+            (
+                *(*launch.walk, *beta_and_inverse(problem), 1.0 / problem.divisor_number),
+                *(problem.inside_number, problem.outside_number, *launch.constants),
+            ),
         )
-        try:
-            smooth_l1_kernel[(programs,)](
-                operands,
-                _in_memory(problem.divisor),
-                problem.beta,
-                loss,
-                gradients,
-                partials,
-                ticket,
-                plan.sizes,
-                plan.strides,
-                numel,
-                *beta_and_inverse(problem),
-                1.0 / problem.divisor_number,
-                problem.inside_number,
-                problem.outside_number,
-                plan.access,
-                tuple(map(is_mask, operands)),
-                reduces,
-                unless_one,
-                TRITON_DTYPES[problem.compute_dtype],
-                tl.int64 if plan.is_long else tl.int32,
-                plan.aligned,
-                plan.lanes,
-                plan.block,
-                num_warps=_warps(),
-                # Without fused multiply-add each operation rounds as it does in eager PyTorch.
-                enable_fp_fusion=False,
-            )
-        except BaseException:
-            # An interrupted launch may leave a ticket drawn: later ones would add up too early.
-            _workspaces.clear()
-            raise
+    except BaseException:
+        # An interrupted launch may leave a ticket drawn: later ones would add up too early.
+        _workspaces.clear()
+        raise
+
+
+@lru_cache(maxsize=4096)
+def _launch_of(
+    gpu: Gpu,
+    known: Known,
+    compute_dtype: torch.dtype,
+    reduce: bool,
+    unless_one: bool,
+) -> Launch | None:
+    """Return how a problem is launched, or None if a tensor's values are not those in memory.
+
+    What is known are the facts of `_launch`'s tensors, in their order.
+    """
+    facts = named(known)
+    if any(fact is not None and fact.is_negated for fact in facts):
+        return None
+    walked, (*_, loss), gradients = facts[:WALKED], facts[WALKED:GRADIENTS], facts[GRADIENTS:]
+    input, target = cast(list[Facts], walked[:2])
+    outputs = [fact for fact in (None if reduce else loss, *gradients) if fact is not None]
+    plan = _plan(
+        input.shape,
+        (outputs[0] if outputs else input).strides,
+        tuple([fact and (fact.shape, fact.strides) for fact in walked]),
+        min(input.dtype.itemsize, target.dtype.itemsize),
+    )
+    programs = _programs(gpu, plan.numel, plan.block)
+    reduces = reduce and loss is not None
+    has_workspace = reduces and programs > 1
+    constants = (
+        plan.access,
+        tuple([fact is not None and fact.dtype in MASK_DTYPES for fact in walked]),
+        reduces,
+        unless_one,
+        TRITON_DTYPES[compute_dtype],
+        INDEX_DTYPES[plan.is_long],
+        plan.aligned,
+        plan.lanes,
+        plan.block,
+    )
+    walk = plan.sizes, plan.strides, plan.numel
+    integers = of_integers(walk[:2]), plan.numel > INT32_MAX
+    code = _loss_code(gpu, constants, integers, of_tensors(facts), has_workspace)
+    return Launch(code, programs, has_workspace, walk, constants)
 
 
 @lru_cache(maxsize=4096)
@@ -176,8 +245,8 @@ def _plan(
 ) -> Plan:
     """Plan the walk through operands, (shape, strides) each, in the memory order of `order`.
 
-    `itemsize`, in bytes, is the least of input, target and outputs: it decides how many elements a
-    wide access moves.
+    `itemsize`, in bytes, is the least of input and target, and so of all outputs: it decides how
+    many elements a wide access moves.
     """
     nothing = (), ()  # broadcasts to every shape, and changes no plan
     expanded = (broadcast_strides(*(operand or nothing), shape) for operand in operands)
@@ -213,12 +282,16 @@ def _plan(
     if aligned:
         # Rows of one group, as boxes are, make this 1: Triton then compiles no division by it.
         sizes = (*sizes[:-1], sizes[-1] // lanes)
+    steps = tuple(
+        strides if kind in ("row", "vector", "strided") else None
+        for kind, strides in zip(kinds, walks, strict=True)
+    )
     return Plan(
-        sizes=sizes if needs_walk else None,
-        strides=tuple(
-            strides if kind in ("row", "vector", "strided") else None
-            for kind, strides in zip(kinds, walks, strict=True)
-        ),
+        # The kernel does not read the outermost size, but Triton would compile it in.
+        sizes=(1, *sizes[1:]) if needs_walk else None,
+        # (Triton 3.6 confuses itself where the last item of a tuple is a tuple.)
+        strides=(*steps, None),
+        numel=numel,
         access=tuple(kinds),
         aligned=aligned,
         lanes=lanes,
@@ -227,78 +300,73 @@ def _plan(
     )
 
 
-def _programs(device: torch.device, numel: int, block: int) -> int:
-    return min(-(-numel // block), _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR)
+# (Without a limit: there are no more of these than Triton itself keeps.)
+@cache
+def _loss_code(gpu: Gpu, *kind: Hashable) -> Code:
+    return Code(
+        smooth_l1_kernel,
+        lambda p: (p[:WALKED], *p[WALKED:GRADIENTS], p[GRADIENTS:WORKSPACE], *p[WORKSPACE:]),
+        THREADS // gpu.warp_size,
+    )
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1  # The interpreter runs one program at a time.
-    properties: Any = torch.get_device_module(device).get_device_properties(device)
-    if device.type == "xpu":
-        return int(properties.max_compute_units)
-    return int(properties.multi_processor_count)
+def _scale_code(gpu: Gpu, *kind: Hashable) -> Code:
+    return Code(scale_kernel, lambda p: (p[:2], *p[2:]), THREADS // gpu.warp_size)
 
 
-@cache
-def _warps() -> int:
-    """Return how many warps make `THREADS` threads: an AMD data-centre GPU's are twice as wide."""
-    width = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
-    return THREADS // width
+def _programs(gpu: Gpu, numel: int, block: int) -> int:
+    return min(-(-numel // block), gpu.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
 
 
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+# Partial sums and ticket, and their addresses.
+Workspace = tuple[tuple[Tensor, Tensor], tuple[int | None, ...]]
+NO_WORKSPACE: Any = (None, None), (None, None)
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
-def _workspace(device: torch.device, programs: int, may_be_replayed: bool) -> tuple[Tensor, Tensor]:
+def _workspace(gpu: Gpu, stream: int, programs: int, may_be_replayed: bool) -> Workspace:
     """Return room for one partial sum a program, and a ticket at 0.
 
     Launches on one stream follow each other and each leaves the ticket at 0, so they share both. A
     graph may be replayed on any stream, so a captured launch gets its own, zeroed in the graph. So
     does one that is recorded: torch.compile warms its graphs up in the memory they will use.
     """
-    if device.type == "cpu":
-        stream, capturing = 0, False
-    else:
-        module = torch.get_device_module(device)
-        stream = module.current_stream(device).stream_id
-        is_capturing = getattr(module, "is_current_stream_capturing", None)
-        capturing = is_capturing is not None and is_capturing()
-    if capturing or may_be_replayed:
-        return _new_workspace(device, programs)
-    workspace = _workspaces.get((device, stream))
+    if may_be_replayed or gpu.is_capturing():
+        return _new_workspace(gpu.device, programs)
+    place = gpu.device, stream
+    workspace = _workspaces.get(place)
     if workspace is None:
-        workspace = _workspaces[device, stream] = _kept_workspace(device)
+        workspace = _workspaces[place] = _kept_workspace(gpu)
     return workspace
 
 
-def _kept_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+def _kept_workspace(gpu: Gpu) -> Workspace:
     """Return a workspace for all launches on the current stream.
 
     A new thread allocates it. This one may be allocating from a graph's memory, which nothing
     reveals: torch.compile does so around a user's operator that calls this library.
     """
-    capacity = _multiprocessors(device) * PROGRAMS_PER_MULTIPROCESSOR
-    if device.type == "cpu":
-        return _new_workspace(device, capacity)
-    module = torch.get_device_module(device)
-    stream = module.current_stream(device)
+    capacity = gpu.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    if gpu.module is None:
+        return _new_workspace(gpu.device, capacity)
+    stream = gpu.module.current_stream(gpu.device)
 
-    def allocate() -> tuple[Tensor, Tensor]:
+    def allocate() -> Workspace:
         # (To restore another stream would start the first device up, which may not be this one.)
-        module.set_stream(stream)
-        return _new_workspace(device, capacity)
+        gpu.module.set_stream(stream)
+        return _new_workspace(gpu.device, capacity)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(allocate).result()
 
 
-def _new_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
-    return (
+def _new_workspace(device: torch.device, programs: int) -> Workspace:
+    workspace = (
         torch.empty(programs, dtype=torch.float64, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
+    return workspace, addresses_of(workspace)
 
 
 def _in_memory(tensor: Tensor | None) -> Tensor | None:
@@ -308,11 +376,9 @@ def _in_memory(tensor: Tensor | None) -> Tensor | None:
     return torch.zeros_like(tensor) if has_no_memory(tensor) else tensor.resolve_neg()
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Make the tensor's device the current one, to which Triton launches."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    module = torch.get_device_module(tensor.device)
-    if module.current_device() == tensor.device.index:
-        return nullcontext()
-    return cast(AbstractContextManager[None], module.device(tensor.device))
+@cache
+def _scalar(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without dimensions and without memory: the quickest way to others like it."""
+    scalar = torch.empty((), dtype=dtype, device=device)
+    scalar.untyped_storage().resize_(0)
+    return scalar

@@ -89,9 +89,20 @@ def make_problem(
                 promoted = torch.float32
     compute_dtype = torch.float64 if promoted == torch.float64 else torch.float32
     return Problem(
-        *(input, target, inside, outside, divisor, beta),
-        *(inside_number, outside_number, divisor_number, beta_number),
-        *(compute_dtype, compute_dtype if reduce else promoted, reduce, has_masks),
+        input,
+        target,
+        inside,
+        outside,
+        divisor,
+        beta,
+        inside_number,
+        outside_number,
+        divisor_number,
+        beta_number,
+        compute_dtype,
+        compute_dtype if reduce else promoted,
+        reduce,
+        has_masks,
     )
 
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -149,23 +150,30 @@ def eager_backend() -> Iterator[str]:
 
 
 @pytest.fixture
-def launches(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Collect the name of every Triton kernel launched, whoever launches it.
 
-    Both kinds of jitted function are patched at the class, so that a kernel this file has never
-    heard of is counted too.
+    On a GPU Triton's own hook tells of each launch. The interpreter has none: its kind of function
+    is patched at the class, so that a kernel this file has never heard of is counted too.
     """
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
     names: list[str] = []
-    for kind in (InterpretedFunction, JITFunction):
-        original = kind.run
+    if torch.cuda.is_available():
+        from triton import knobs
 
-        def run(self, *args, _original=original, **kwargs):  # type: ignore[no-untyped-def]
-            if not kwargs.get("warmup", False):
-                names.append(self.fn.__name__)
-            return _original(self, *args, **kwargs)
+        def tell(metadata: Any) -> None:
+            names.append(metadata.get()["name"])
 
-        monkeypatch.setattr(kind, "run", run)
-    return names
+        knobs.runtime.launch_enter_hook.add(tell)
+        yield names
+        knobs.runtime.launch_enter_hook.remove(tell)
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    original = InterpretedFunction.run
+
+    def run(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        names.append(self.fn.__name__)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    yield names

@@ -5,14 +5,13 @@ written down instead. So what the launcher decides for a GPU can be seen without
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses import fake_tensor
 
 MULTIPROCESSORS = 10
@@ -26,6 +25,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
     device: int
     """The current one."""
+    stream: int
 
 
 class FakeGpu(threading.local):
@@ -65,47 +65,43 @@ class FakeGpu(threading.local):
     def get_device_properties(self, device: torch.device) -> Any:
         return SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
 
-    def kernel(self, function: Any) -> Any:
-        """Return what stands in for a kernel."""
-
-        def launch(grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            named = dict(zip(function.arg_names, arguments, strict=True))
-            self.launches.append(Launch(grid[0], named, options, self.current))
-
-        class Kernel:
-            def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-                return lambda *arguments, **options: launch(grid, arguments, options)
-
-        return Kernel()
+    def launch(
+        self, code: Any, programs: int, stream: int, tensors: Any, addresses: Any, others: Any
+    ) -> None:
+        """Stand in for the launch of a kernel."""
+        named = dict(zip(code.kernel.arg_names, (*code.grouped(tensors), *others), strict=True))
+        self.launches.append(Launch(programs, named, code.options, self.current, stream))
 
 
 @contextmanager
 def fake_gpu(warp_size: int = 32) -> Iterator[FakeGpu]:
     """Let the launcher see as many GPUs as it asks for, and make all new tensors fake ones."""
-    from fused_smoothl1 import launch
+    from fused_smoothl1 import launch, launcher
 
     module, mode = FakeGpu([], []), fake_tensor.FakeTensorMode()
     new_workspace = launch._new_workspace
 
-    def new_fake_workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
+    def new_fake_workspace(device: torch.device, programs: int) -> launch.Workspace:
         with mode:  # Also in the thread that has been started for it.
             return new_workspace(device, programs)
 
-    target = SimpleNamespace(warp_size=warp_size)
-    active = SimpleNamespace(get_current_target=lambda: target)
+    active = SimpleNamespace(
+        get_current_target=lambda: SimpleNamespace(warp_size=warp_size, backend="cuda"),
+        get_current_stream=lambda device: module.stream,
+    )
     triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
     with pytest.MonkeyPatch.context() as patch, mode:
         patch.setattr(torch, "get_device_module", lambda _: module)
         # On a machine with a GPU, fake tensors start the device up that they are said to be on.
         patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
-        patch.setattr(launch, "triton", triton)
-        patch.setattr(launch, "INTERPRETED", False)
+        patch.setattr(fake_tensor.FakeTensor, "data_ptr", lambda self: 4096, raising=False)
+        patch.setattr(launcher, "triton", triton)
+        patch.setattr(launcher, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
         patch.setattr(launch, "_workspaces", {})
         patch.setattr(launch, "_new_workspace", new_fake_workspace)
-        for name in ("smooth_l1_kernel", "scale_kernel"):
-            patch.setattr(launch, name, module.kernel(getattr(launch, name)))
-        for name in ("_multiprocessors", "_warps"):
-            getattr(launch, name).cache_clear()
+        patch.setattr(launcher.Code, "launch", lambda *arguments: module.launch(*arguments))
+        for function in (launcher.gpu_of, launch._scalar):
+            function.cache_clear()
         yield module
-    for name in ("_multiprocessors", "_warps"):
-        getattr(launch, name).cache_clear()
+    for function in (launcher.gpu_of, launch._scalar):
+        function.cache_clear()

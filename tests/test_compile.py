@@ -250,21 +250,22 @@ def test_a_new_sigma_compiles_no_kernel(
 
     It does for constants, for an integer that is 1 or divides by 16, and for other dtypes.
     """
-    from fused_smoothl1 import kernel, launch
+    from fused_smoothl1 import kernel, launcher
 
     launched: list[tuple[Any, ...]] = []
     parameters = inspect.signature(kernel.smooth_l1_kernel.fn).parameters
     names = [name for name, p in parameters.items() if "constexpr" not in str(p.annotation)]
     assert {"beta", "inverse_beta"} <= set(names) < set(parameters)
 
-    class Recorder:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *arguments, **_: launched.append(arguments)
+    def record(
+        code: Any, programs: int, stream: int, tensors: Any, addresses: Any, others: Any
+    ) -> None:
+        launched.append((*code.grouped(tensors), *others))
 
     def leaves(values: tuple[Any, ...]) -> list[Any]:
         return [leaf for v in values for leaf in (leaves(v) if isinstance(v, tuple) else [v])]
 
-    monkeypatch.setattr(launch, "smooth_l1_kernel", Recorder())
+    monkeypatch.setattr(launcher.Code, "launch", record)
     operands, _ = make("row_weights", device=device)
     for options in ({"sigma": 1}, {"sigma": 3.0}, {"beta": 16}, {"beta": 0}, {"beta": 1e-38}, {}):
         smooth_l1_loss(*operands, **options)

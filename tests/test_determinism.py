@@ -186,23 +186,19 @@ def test_interrupted_launch(
     monkeypatch: pytest.MonkeyPatch, triton_backend: str, device: str
 ) -> None:
     """A launch that raises half-way leaves no ticket behind that the next one would trip over."""
-    from fused_smoothl1 import launch
+    from fused_smoothl1 import launch, launcher
 
     operands = _operands(SEVERAL, device)
     first = _run(operands)
 
-    class Interrupted:
-        def __getitem__(self, grid: Any) -> Any:
-            def run(*arguments: Any, **options: Any) -> None:
-                for partials, ticket in launch._workspaces.values():
-                    partials.fill_(1e30)
-                    ticket.fill_(1)
-                raise KeyboardInterrupt
-
-            return run
+    def interrupted(*_: Any) -> None:
+        for (partials, ticket), _addresses in launch._workspaces.values():
+            partials.fill_(1e30)
+            ticket.fill_(1)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "smooth_l1_kernel", Interrupted())
+        patch.setattr(launcher.Code, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(operands)
     assert _same(_run(operands), first)

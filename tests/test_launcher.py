@@ -196,8 +196,10 @@ def test_size_of_a_grid_on_every_vendor(
     device: str, properties: dict[str, int], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a multiprocessor is called differs."""
+    from fused_smoothl1 import launcher
+
     monkeypatch.setattr(FakeGpu, "get_device_properties", lambda *_: SimpleNamespace(**properties))
-    assert _launch()._multiprocessors(torch.device(device)) == 132
+    assert launcher.gpu_of(torch.device(device)).multiprocessors == 132
 
 
 @pytest.mark.parametrize(("warp_size", "warps"), [(32, 4), (64, 2)])

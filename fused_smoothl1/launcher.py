@@ -1,0 +1,187 @@
+"""How a kernel is launched on a device, without asking Triton each time what it has compiled."""
+
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+INT32_MAX = 2**31 - 1
+# Triton compiles other code where an address or an integer is a multiple of this.
+DIVISOR = 16
+
+# What a compiled kernel is launched with. Where a version of Triton does not have all of this, each
+# launch is Triton's own.
+LAUNCHED_WITH = ("run", "function", "packed_metadata")
+NO_HOOKS = None, None, None  # Metadata for hooks, a hook before and one after the launch.
+
+Arguments = tuple[Any, ...]
+
+
+class Facts(NamedTuple):
+    """What decides how kernels are launched on a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_negated: bool
+    """Whether its values are those in memory, negated."""
+    misalignment: int
+    """By how much its address misses a multiple of `DIVISOR`."""
+    is_large: bool
+    """Whether its storage is beyond the reach of 32-bit offsets; asked on AMD alone."""
+
+
+# The facts of several tensors, as plain tuples: these are made at each call.
+Known = tuple[tuple[Any, ...] | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gpu:
+    """A device, and what those who launch kernels on it ask."""
+
+    device: torch.device
+    module: Any
+    """PyTorch's module for such devices; None where something stands in for a GPU."""
+    multiprocessors: int
+    driver: Any
+    """Triton's driver; None in the interpreter."""
+    warp_size: int
+    is_amd: bool
+
+    def is_current(self) -> bool:
+        """Whether Triton would launch to this device."""
+        return self.module is None or self.module.current_device() == self.device.index
+
+    def made_current(self) -> AbstractContextManager[None]:
+        """Let Triton launch to this device."""
+        return self.module.device(self.device)  # type: ignore[no-any-return]
+
+    def is_capturing(self) -> bool:
+        """Whether launches on the current stream are captured in a graph."""
+        ask = getattr(self.module, "is_current_stream_capturing", None)
+        return ask is not None and ask()
+
+    def stream(self) -> int:
+        """Return the handle of the current stream."""
+        if self.driver is None:
+            return 0
+        stream: int = self.driver.get_current_stream(self.device.index)
+        return stream
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Return what is known of a device."""
+    module, multiprocessors = None, 1  # The interpreter runs one program at a time.
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        properties = module.get_device_properties(device)
+        name = "max_compute_units" if device.type == "xpu" else "multi_processor_count"
+        multiprocessors = int(getattr(properties, name))
+    if knobs.runtime.interpret:
+        return Gpu(device, module, multiprocessors, None, 32, False)
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    is_amd = target.backend == "hip"
+    return Gpu(device, module, multiprocessors, driver, target.warp_size, is_amd)
+
+
+class Code:
+    """What Triton compiled of a kernel for launches of one kind.
+
+    For each launch Triton binds the arguments and specialises the code by every one of them, which
+    takes far longer than the launch itself; but what it compiled can be launched as it is. All
+    launches of one kind must agree in what Triton specialises by: the constants, `of_tensors` and
+    `of_integers`.
+    """
+
+    def __init__(self, kernel: Any, grouped: Callable[[Arguments], Arguments], warps: int) -> None:
+        """Take the kernel, and what makes its first arguments of all its pointers."""
+        self.kernel = kernel
+        self.grouped = grouped
+        # Without fused multiply-add each operation rounds as it does in eager PyTorch.
+        self.options = {"num_warps": warps, "enable_fp_fusion": False}
+        self.compiled: Any = None
+
+    def launch(
+        self,
+        programs: int,
+        stream: int,
+        tensors: Arguments,
+        addresses: Arguments,
+        others: Arguments,
+    ) -> None:
+        """Launch so many programs on the current stream of the current device.
+
+        The kernel's arguments are its pointers, which are given as tensors and as their addresses,
+        and the others.
+        """
+        compiled = self.compiled
+        if compiled is not None and not self._is_observed():
+            handles = stream, compiled.function, compiled.packed_metadata
+            compiled.run(programs, 1, 1, *handles, *NO_HOOKS, *self.grouped(addresses), *others)
+            return
+        compiled = self.kernel[(programs,)](*self.grouped(tensors), *others, **self.options)
+        # (The interpreter compiles nothing.)
+        if all(hasattr(compiled, name) for name in LAUNCHED_WITH) and not self._is_observed():
+            self.compiled = compiled
+
+    def _is_observed(self) -> bool:
+        """Whether Triton is asked to tell of launches, or to compile otherwise than usual."""
+        runtime = knobs.runtime
+        return bool(
+            getattr(runtime.launch_enter_hook, "calls", True)
+            or getattr(runtime.launch_exit_hook, "calls", True)
+            or self.kernel.pre_run_hooks
+            or runtime.add_stages_inspection_hook
+            or runtime.debug
+            or knobs.compilation.instrumentation_mode
+        )
+
+
+def addresses_of(tensors: Iterable[Tensor | None]) -> tuple[int | None, ...]:
+    """Return where tensors lie in memory."""
+    return tuple([None if t is None else t.data_ptr() for t in tensors])
+
+
+def facts_of(tensors: Iterable[Tensor | None], addresses: Iterable[Any], gpu: Gpu) -> Known:
+    """Return the facts of tensors that lie at these addresses."""
+    is_amd = gpu.is_amd
+    return tuple(
+        [
+            None
+            if t is None
+            else (
+                t.dtype,
+                t.shape,
+                t.stride(),
+                t.is_neg(),
+                address % DIVISOR,
+                is_amd and t.untyped_storage().nbytes() > INT32_MAX,
+            )
+            for t, address in zip(tensors, addresses, strict=True)
+        ]
+    )
+
+
+def named(known: Known) -> list[Facts | None]:
+    """Return facts with their names."""
+    return [None if facts is None else Facts._make(facts) for facts in known]
+
+
+def of_tensors(facts: Iterable[Facts | None]) -> Hashable:
+    """Return what Triton specialises by of tensors."""
+    return tuple([f and (f.dtype, f.misalignment == 0, f.is_large) for f in facts])
+
+
+def of_integers(value: Any) -> Hashable:
+    """Return what Triton specialises by of an integer, or of several in nested tuples."""
+    if isinstance(value, tuple):
+        return tuple(map(of_integers, value))
+    return value and (value == 1, value % DIVISOR == 0, value > INT32_MAX)
