@@ -4,6 +4,7 @@ import os
 
 COMMANDS = {
     "codegen": "bench.codegen.table",
+    "host": "bench.host",
     "plot": "bench.plot",
     "sweep": "bench.sweep",
     "torchvision": "bench.demos.detector",

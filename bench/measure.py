@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Action = Callable[[], object]
+Name = TypeVar("Name")
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
 COPY_SECONDS = 0.5
@@ -37,8 +38,8 @@ class Timing(NamedTuple):
 
 
 def measure(
-    actions: Mapping[str, Sequence[Action]], device: torch.device, seconds: float
-) -> dict[str, Timing]:
+    actions: Mapping[Name, Sequence[Action]], device: torch.device, seconds: float
+) -> dict[Name, Timing]:
     """Time several actions, interleaved round by round so that noise hits all alike.
 
     Each name comes with the same action on one or more sets of operands. A sample runs the action
@@ -52,7 +53,7 @@ def measure(
     sets = len(next(iter(actions.values())))
     turn = itertools.cycle(range(sets))
     samplers = {name: _sampler(choices, turn, device) for name, choices in actions.items()}
-    samples: dict[str, list[float]] = {name: [] for name in actions}
+    samples: dict[Name, list[float]] = {name: [] for name in actions}
     rounds, done = MOST_ROUNDS, 0
     gc.collect()
     gc.disable()  # so that it does not run inside somebody's sample

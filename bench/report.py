@@ -87,7 +87,7 @@ class Report:
     copy_gbps: float  # 1e9 bytes a second, read and written
     busy_cores: int = 0  # that other processes wanted too
     rows: list[Row] = field(default_factory=list)
-    host_us: dict[str, dict[str, float]] = field(default_factory=dict)  # of a small call
+    host_us: dict[str, dict[str, float]] = field(default_factory=dict)  # of small calls
     left_out: list[str] = field(default_factory=list)  # what no row tells of
 
     @property
@@ -179,10 +179,7 @@ def print_report(report: Report, compared: str) -> None:
     for (case, dtype), rows in report.groups():
         out.print(_table(f"{case}, {dtype}", rows, compared))
     if report.host_us:
-        host = table("host time of a small call", ["call"], ["median us", "20th us", "80th us"])
-        for name, timing in report.host_us.items():
-            host.add_row(name, *map(number, timing.values()))
-        out.print(host)
+        out.print(host_table(report.host_us))
     reasons = list(report.left_out)
     for row in report.rows:
         if row.problem or row.left_out:
@@ -191,6 +188,23 @@ def print_report(report: Report, compared: str) -> None:
     for reason in reasons:
         out.print(Text(reason, style="yellow"))
     out.print(LEGEND.format(compared, report.copy_gbps))
+
+
+def host_table(times: dict[str, dict[str, float]]) -> Table:
+    """Show what `host.host_us` returns."""
+    headings = ["fused us", "torch us", "composition us", "fused / torch", "/ composition"]
+    headings += ["first call ms"]
+    filled = table("host time of a small call, forward + backward", ["call"], headings)
+    for call, own in times.items():
+        composition = own.get("composition_us")
+        filled.add_row(
+            call,
+            *(number(own["fused_us"]), number(own["torch_us"]), number(composition)),
+            f"{own['ratio']:.2f}",
+            MISSING if composition is None else f"{own['fused_us'] / composition:.2f}",
+            number(own.get("first_ms")),
+        )
+    return filled
 
 
 def number(value: float | None) -> str:

@@ -22,7 +22,7 @@ from bench.rivals import FUSED, RIVALS, Rival, Step
 from bench.workloads import Spec, Workload, build, rotation, specs
 
 SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing, for all rivals of a workload together
-HOST_SECONDS = 5.0  # what the host times may take, compilation of their kernels included
+HOST_SECONDS = 10.0  # what the host times may take, compilation of their kernels included
 COUNT_SECONDS = 1.0  # what a rival's launches may take to count
 LAST_SECONDS = 30.0  # kept for both of these
 FIRST_COMPILE_SECONDS = 30.0  # what torch.compile may take before it has shown what it takes

@@ -3,8 +3,10 @@
 The workloads are small here, and torch.compile is left out: what it would compile runs as it is.
 """
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +156,7 @@ def test_report_round_trip(tmp_path: Path) -> None:
         Row("dense", FUSED, "float32", 4, 80, median_ms=0.5, launches=2),
         Row("dense", "compile", "float32", 4, 80, left_out="no time"),
     ]
-    report.host_us["fused"] = {"median": 10.0, "p20": 9.0, "p80": 11.0}
+    report.host_us["plain"] = {"fused_us": 10.0, "torch_us": 8.0, "ratio": 1.25}
     report.left_out.append("launches: no time")
     path = tmp_path / "new" / "report.json"
     for _ in range(2):
@@ -280,9 +282,11 @@ def test_a_busy_run(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
-    def kept(command: list[str]) -> subprocess.Popen[bytes]:
-        started.append(popen(command))
-        return started[-1]
+    def kept(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        process = popen(command, **options)
+        if not options:  # PyTorch starts processes too.
+            started.append(process)
+        return process
 
     def while_busy(spec: Spec, device: torch.device) -> Workload:
         assert len(started) == torch.get_num_threads()
@@ -298,19 +302,41 @@ def test_a_busy_run(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(process.poll() is not None for process in started)
 
 
+def _measured_once(steps: dict[Any, list[measure.Action]], *_: Any) -> dict[Any, measure.Timing]:
+    for own in steps.values():
+        own[0]()
+    return {step: measure.Timing(0.25 if step[1] == "torch" else 0.5, 0.0, 1.0) for step in steps}
+
+
 def test_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """In microseconds, of calls that can be made."""
-
-    def measured(steps: dict[str, list[measure.Action]], *_: Any) -> dict[str, measure.Timing]:
-        for name in steps:
-            steps[name][0]()
-        return dict.fromkeys(steps, measure.Timing(0.5, 0.25, 1.0))
-
-    monkeypatch.setattr(host, "measure", measured)
+    monkeypatch.setattr(host, "measure", _measured_once)
     found = host.host_us(torch.device("cpu"))
-    names = "smooth_l1_loss_plain fused_plain eager_composition fused fused_without_backend"
-    assert list(found) == names.split()
-    assert all(times == {"median": 500, "p20": 250, "p80": 1000} for times in found.values())
+    bare = {"fused_us": 500.0, "torch_us": 250.0, "ratio": 2.0}
+    composed = {**bare, "composition_us": 500.0}
+    assert found == {"plain": bare, "weighted": composed, "masked": composed, "none": bare}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+@pytest.mark.parametrize("form", [["--json"], []], ids=str)
+def test_command_of_the_host_times(form: list[str], tmp_path: Path) -> None:
+    """On any machine, in a process of its own, in which a driver stands in for a GPU."""
+    script = (
+        "import sys; from bench import host; from bench.measure import Timing; "
+        "host.measure = lambda steps, *_: "
+        "{s: [own[0]() for _ in range(2)] and Timing(1., 1., 1.) for s, own in steps.items()}; "
+        f"sys.exit(host.main({form}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if form:
+        plain = json.loads(done.stdout)["plain"]
+        assert plain.pop("first_ms") > 0
+        assert plain == {"fused_us": 1000, "torch_us": 1000, "ratio": 1}
+    else:
+        assert "weighted" in done.stdout
 
 
 def test_device_by_name(
