@@ -24,10 +24,11 @@ NAMES = [f"{call.dtype} {call.name}" for call in calls(rows=1)]
 @pytest.mark.parametrize("rows", [1, 33, 1031])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_call(name: str, rows: int, triton_backend: str, device: str) -> None:
-    operands, options = calls(rows)[NAMES.index(name)].bind(maker(device))
+    call = calls(rows)[NAMES.index(name)]
+    operands, options = call.bind(maker(device))
     upstreams: list[Any] = [1.0, 3.7]
     if options["reduction"] == "none":  # a loss of every element gets a gradient for each
-        upstreams.append(gaussian(*operands[0].shape, seed=99, device=device))
+        upstreams.append(call.upstream(gaussian(*operands[0].shape, seed=99, device=device)))
     for upstream in upstreams:
         check(*operands, upstream=upstream, **options)
 

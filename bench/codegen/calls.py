@@ -31,7 +31,8 @@ class Operand(NamedTuple):
 class Call:
     """A forward and backward: operands in the order of the loss's arguments, and its options.
 
-    The first `wanted` operands require a gradient.
+    The first `wanted` operands require a gradient. `upstream` is what is seen of the gradient that
+    arrives at a loss of every element.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Call:
     reduction: str = "mean"
     normalizer: str | None = None  # the type of a tensor on the device
     sigma: float = 3.0
+    upstream: Callable[[Any], Any] = lambda gradient: gradient
 
     def bind(self, make: Make) -> tuple[list["Tensor"], dict[str, Any]]:
         """Make the operands and the options."""
@@ -80,6 +82,14 @@ def calls(rows: int) -> list[Call]:
     return [
         Call("dense", 4 * (of(flat),)),
         Call("dense, elementwise", 4 * (of(flat),), reduction="none"),
+        *(
+            Call(f"{layout} of the upstream gradient", 2 * (of(rows, 4),), 1, "none", upstream=view)
+            for layout, view in {
+                "rows": lambda gradient: gradient[:, :1].expand_as(gradient),
+                "slice": lambda gradient: gradient.repeat(1, 2)[:, :4],
+                "transposition": lambda gradient: gradient.t().contiguous().t(),
+            }.items()
+        ),
         row_mask("float32", "int64"),
         Call("element mask", (of(rows, 4), of(rows, 4), of(rows, 4, dtype="uint8"))),
         Call(

@@ -17,7 +17,9 @@ from unittest import mock
 
 from bench.codegen import assembly
 from bench.codegen.calls import LONG_CALL, calls
-from bench.codegen.crosscompile import TARGETS, UnknownTargetError, launches
+from bench.codegen.crosscompile import UnknownTargetError, launches
+from bench.codegen.datasheets import issue_shares
+from bench.stand_in import ENVIRONMENT, TARGETS
 
 # Only the workers load PyTorch and Triton: the parent process, which waits for them, needs neither.
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ PROCESSES = 2
 WIDEST_BITS = 128
 HEADINGS = ("loads", "full", "stores", "full", "vectorized", "atomics", "ticket")
 EXPLANATION = """\
-Registers a thread; shared memory in bytes a program; instructions of the loop over whole tiles.
+Registers a thread; shared memory in bytes a program; instructions of the loop over whole tiles, and
+how many of them a warp issues for each element. Issue slots: the share of a GPU's that this takes
+while its memory runs at full speed, from `bench/codegen/datasheets.py`; with masks, first if they
+select everything, then if they select nothing, which spares memory the other operands.
 Loads and stores: how many of how many bits a thread makes to global memory in one iteration of that
 loop. Full: those of dense operands, each as wide as the layout allows. Ticket: the steps around the
 atomic operation that ends a reduction, in their order."""
@@ -48,6 +53,9 @@ class Kernel:
     shared: int = 0  # bytes of shared memory a program
     threads: int = 0  # in a program
     instructions: int = 0  # in the hot loop
+    per_element: float = 0.0  # of them, for each element, as a warp issues them
+    # `datasheets.issue_shares`, if masks select everything and if they select nothing
+    issue_shares: dict[str, tuple[float, float]] = field(default_factory=dict)
     access: str = ""  # how each operand is reached; "-": absent
     loads: dict[int, int] = field(default_factory=dict)  # in the hot loop, by width in bits
     stores: dict[int, int] = field(default_factory=dict)
@@ -65,6 +73,8 @@ class Compiled(NamedTuple):
     hash: str = ""
     binary: Any = None  # NVIDIA's cubin, or AMD's assembly text
     other_loads: int = 0  # in the hot loop, which the operands need that are not dense
+    elements: float = 1.0  # of a warp, in an iteration of the hot loop
+    bytes_moved: tuple[float, float] = (1.0, 1.0)  # for each element; as `issue_shares`
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,9 +91,8 @@ def main(arguments: Sequence[str]) -> int:
 def compile_all() -> list[Kernel]:
     """Compile all calls for all targets."""
     # Workers are fresh interpreters. Triton reads this when it is imported.
-    environment = {"FUSED_SMOOTHL1_BACKEND": "triton", "TRITON_INTERPRET": "0"}
     with (
-        mock.patch.dict(os.environ, environment),
+        mock.patch.dict(os.environ, ENVIRONMENT),
         ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool,
     ):
         compiling = {
@@ -116,7 +125,9 @@ def _compile(target: str, number: int) -> list[Compiled]:
         loss = smooth_l1_loss(*operands, **options)
         wanted = operands[: call.wanted]
         if wanted:
-            torch.autograd.grad(loss, wanted, torch.empty_like(loss))
+            upstream = torch.empty_like(loss)
+            upstream = call.upstream(upstream) if loss.dim() else upstream
+            torch.autograd.grad(loss, wanted, upstream)
 
     try:
         launched = launches(differentiate, target)
@@ -137,7 +148,9 @@ def _compile(target: str, number: int) -> list[Compiled]:
             full_stores=_widest_first(full_stores),
         )
         binary = result.asm["amdgcn" if "amdgcn" in result.asm else "cubin"]
-        compiled.append(Compiled(kernel, result.hash, binary, other_loads))
+        elements = arguments["BLOCK"] / result.metadata.num_warps
+        moved = _bytes_moved(arguments)
+        compiled.append(Compiled(kernel, result.hash, binary, other_loads, elements, moved))
     return compiled
 
 
@@ -169,11 +182,16 @@ def _read(target: str, compiled: list[Compiled]) -> list[Kernel]:
     else:
         codes = [assembly.read_amdgcn(binary) for binary in binaries]
     kernels = []
-    for (kernel, _, _, other_loads), code in zip(compiled, codes, strict=True):
+    for (kernel, _, _, other_loads, elements, moved), code in zip(compiled, codes, strict=True):
         loop = assembly.hot_loop(code)
         loads, stores = assembly.loads(loop), assembly.stores(loop)
         kernel.registers, kernel.spills, kernel.stack = code.registers, code.spills, code.stack
         kernel.instructions = len(loop)
+        # (AMD's scalar instructions are issued beside those of its vector units.)
+        issued = [instruction for instruction in loop if not instruction.opcode.startswith("s_")]
+        kernel.per_element = len(issued) / elements
+        most, least = (issue_shares(target, kernel.per_element, each) for each in moved)
+        kernel.issue_shares = {gpu: (most[gpu], least[gpu]) for gpu in most}
         kernel.loads, kernel.stores = _widest_first(loads), _widest_first(stores)
         kernel.vectorized = (
             bool(loop)
@@ -220,6 +238,33 @@ def _full_width(arguments: dict[str, Any], threads: int) -> tuple[Counter[int], 
     return loads, stores, others
 
 
+def _bytes_moved(arguments: dict[str, Any]) -> tuple[float, float]:
+    """Return how many bytes memory moves for each element: if masks select everything, or nothing.
+
+    What is read again from a cache is not counted.
+    """
+    stores = [t for t in arguments["gradients"] if t is not None]
+    if "ACCESS" not in arguments:  # It reads what it writes.
+        moved = sum(2 * t.element_size() for t in stores)
+        return moved, moved
+    if not arguments["REDUCE"] and arguments["loss_ptr"] is not None:
+        stores.append(arguments["loss_ptr"])
+    operands = zip(arguments["operands"], arguments["MASKS"], strict=True)
+    present = [(tensor, is_mask) for tensor, is_mask in operands if tensor is not None]
+    has_masks = any(arguments["MASKS"])
+
+    def bytes_of(tensors: list["Tensor"]) -> float:
+        held: list[int] = [
+            min(t.untyped_storage().nbytes(), t.numel() * t.element_size()) for t in tensors
+        ]
+        return float(sum(t.element_size() for t in stores) + sum(held) / arguments["numel"])
+
+    return (
+        bytes_of([tensor for tensor, _ in present]),
+        bytes_of([tensor for tensor, is_mask in present if is_mask or not has_masks]),
+    )
+
+
 def _is_full_width(accesses: dict[int, int], full: dict[int, int], others: int) -> bool:
     """Whether dense operands are moved at full width, or a wider one, and nothing is split."""
 
@@ -244,18 +289,21 @@ def _show() -> list[Kernel]:
     with out.status("compiling ..."):
         kernels = compile_all()
     numbers = ("registers", "spills", "stack", "shared", "instructions")
+    more = ("an element", "issue slots")
     accesses = ("loads", "full_loads", "stores", "full_stores")
     for target in TARGETS:
         own = [kernel for kernel in kernels if kernel.target == target]
         if own[0].unknown is not None:
             out.print(f"\n{target}: not known to the installed Triton ({own[0].unknown})")
             continue
-        filled = table(target, ["dtype", "call"], [*numbers, *HEADINGS])
+        filled = table(target, ["dtype", "call"], [*numbers, *more, *HEADINGS])
         for kernel in own:
             filled.add_row(
                 kernel.dtype,
                 kernel.call,
                 *(str(getattr(kernel, name)) for name in numbers),
+                f"{kernel.per_element:.2f}",
+                ", ".join(_shares(*share) for share in kernel.issue_shares.items()) or "-",
                 *(
                     " ".join(f"{count}x{width}" for width, count in counted.items()) or "-"
                     for counted in (getattr(kernel, name) for name in accesses)
@@ -268,3 +316,7 @@ def _show() -> list[Kernel]:
         out.print(filled)
     out.print(EXPLANATION)
     return kernels
+
+
+def _shares(gpu: str, shares: tuple[float, float]) -> str:
+    return f"{gpu} {' to '.join(dict.fromkeys(f'{share:.0%}' for share in shares))}"
