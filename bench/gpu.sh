@@ -73,7 +73,7 @@ step() {
 
 # suite NAME LIMIT_SECONDS ARGUMENTS...: pytest, on all cores where pytest-xdist is installed.
 # Compiling the kernel for each type and layout is most of the time: it is handed out test by test,
-# in the order given.
+# in the order given. What fails is told at once: a suite that is stopped prints no report.
 suite() {
   local name=$1 limit=$2 workers=()
   shift 2
@@ -82,7 +82,8 @@ suite() {
   fi
   # A worker that compiles with torch.compile would start workers of its own for that.
   step "$name" "$limit" 30 env TORCHINDUCTOR_COMPILE_THREADS=1 \
-    "$python" -m pytest -v --continue-on-collection-errors "${workers[@]}" "$@"
+    "$python" -m pytest -v --continue-on-collection-errors -p tests.told_at_once \
+    "${workers[@]}" "$@"
 }
 
 # sanitizer TOOL: one tool of compute-sanitizer over the tests that are marked for it
@@ -126,7 +127,7 @@ check() {
       *) files+=("$file") ;;
     esac
   done
-  suite pytest "$SUITE_SECONDS" --durations 15 "${files[@]}"
+  suite pytest "$SUITE_SECONDS" "${files[@]}"
   for tool in memcheck racecheck initcheck; do sanitizer "$tool"; done
 }
 
