@@ -179,6 +179,22 @@ def compiled_by(calls: Iterator[Step]) -> int:
     return len(made) - before
 
 
+def asked_of_triton(call: Step) -> int:
+    """Return how many launches of a call are Triton's own."""
+    from triton.runtime.jit import JITFunction
+
+    asked: list[object] = []
+    original = JITFunction.run
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        asked.append(None)
+        return original(*arguments, **options)
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return len(asked)
+
+
 def compared(calls: list[Step]) -> dict[str, Any]:
     """Make the calls, and tell of their launches."""
     watch = watched(lambda: [call() for call in calls])
@@ -220,6 +236,14 @@ def main(target: str) -> None:
         found["told"] = told
         with mock.patch.object(knobs.runtime, "debug", True):
             found["debug"] = [compiled_by(iter([call])) for _ in range(2)]
+        found["asked"] = {"nothing": asked_of_triton(call)}
+        for group, name, value in (
+            (knobs.runtime, "debug", True),
+            (knobs.compilation, "instrumentation_mode", "some"),
+            (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash")),
+        ):
+            with mock.patch.object(group, name, value):
+                found["asked"][name] = asked_of_triton(call)
 
         launch._launch_of.cache_clear()
         launch._loss_code.cache_clear()

@@ -206,6 +206,8 @@ def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPat
     for device in ("mps", "cpu"):
         with backend_set("triton"), pytest.raises(RuntimeError, match=match):
             dispatch.backend_on(torch.device(device))
+    with backend_set("triton"):  # Where nothing is computed, nothing has to be compiled.
+        assert dispatch.backend_on(torch.device("meta")) is eager
 
 
 def test_python_bool_is_a_mask_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:

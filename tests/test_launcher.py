@@ -82,7 +82,9 @@ def test_workspace_of_a_stream(gpu: FakeGpu) -> None:
     for _ in range(2):
         for place in [("cuda:0", 0), ("cuda:0", 7), ("cuda:1", 0), ("cuda:1", 7)]:
             device, gpu.stream = place
-            workspace = _workspace(_forward(gpu, SEVERAL, device=device))
+            launch = _forward(gpu, SEVERAL, device=device)
+            assert launch.stream == gpu.stream
+            workspace = _workspace(launch)
             assert found.setdefault(place, workspace)[1] is workspace[1]
             assert found[place][0] is workspace[0]
             assert all(tensor.device == torch.device(device) for tensor in workspace)

@@ -59,6 +59,13 @@ def test_debugging_compiles_anew(found: dict[str, Any]) -> None:
     assert found["debug"] == [2, 0]
 
 
+def test_triton_is_asked_where_it_would_compile_otherwise(found: dict[str, Any]) -> None:
+    asked = found["asked"]
+    assert asked.pop("nothing") == 0
+    assert asked == dict.fromkeys(asked, 2)
+    assert len(asked) == 3
+
+
 def test_ordinary_launch(found: dict[str, Any]) -> None:
     """Where a version of Triton has not all that is needed, it is asked for each launch."""
     for told in found["ordinary"]:
