@@ -123,6 +123,9 @@ def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tenso
 def _quotient(value: Tensor, problem: Problem) -> Tensor:
     if problem.divisor is not None:
         return value / problem.divisor.to(value.dtype)
+    if problem.divisor_number == 1:
+        # (PyTorch 2.9 adds up what a DTensor's ranks hold before it divides.)
+        return value
     return value / _as_tensor(problem.divisor_number, value)
 
 

@@ -153,8 +153,8 @@ def eager_backend() -> Iterator[str]:
 def launches(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Collect the name of every Triton kernel launched, whoever launches it.
 
-    On a GPU Triton's own hook tells of each launch. The interpreter has none: its kind of function
-    is patched at the class, so that a kernel this file has never heard of is counted too.
+    On a GPU Triton's own hook tells of each launch. The interpreter has none: what runs a kernel
+    there is patched at the class, so that one this file has never heard of is counted too.
     """
     names: list[str] = []
     if torch.cuda.is_available():
@@ -167,13 +167,13 @@ def launches(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
         yield names
         knobs.runtime.launch_enter_hook.remove(tell)
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
-    original = InterpretedFunction.run
+    original = GridExecutor.__call__
 
-    def run(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         names.append(self.fn.__name__)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(InterpretedFunction, "run", run)
+    monkeypatch.setattr(GridExecutor, "__call__", call)
     yield names

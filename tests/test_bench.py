@@ -367,16 +367,16 @@ def test_device_by_name(
 @pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 def test_sweep(bench_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each constant decides what is launched, of its own rival alone, and each answer is right."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
     launched: list[Any] = []
-    original = InterpretedFunction.run
+    original = GridExecutor.__call__
 
-    def spied(self: Any, *arguments: Any, grid: Any, **options: Any) -> Any:
-        launched.append((self.fn.__name__, grid, arguments[-1], options["num_warps"]))
-        return original(self, *arguments, grid=grid, **options)
+    def spied(self: Any, *arguments: Any, **options: Any) -> Any:
+        launched.append((self.fn.__name__, self.grid, arguments[-1], options["num_warps"]))
+        return original(self, *arguments, **options)
 
-    monkeypatch.setattr(InterpretedFunction, "run", spied)
+    monkeypatch.setattr(GridExecutor, "__call__", spied)
     monkeypatch.setattr(measure, "measure", lambda steps, device, seconds: {})
     by_rival: dict[str, list[Any]] = {}
     specs = [Spec("dense", 12_000), Spec("dense", 12_000, torch.bfloat16), Spec("row_mask", 4096)]

@@ -61,7 +61,10 @@ def test_right_answer(case: str, block: int, device: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_rival_is_right(case: str, device: str, uncompiled: None) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    if device == "cpu" and torch.__version__ < "2.10":
+        dtypes.remove(torch.float16)  # PyTorch's own loss has no backward for it there.
+    for dtype in dtypes:
         workload = _workload(case, device, dtype)
         truth = check.expected(workload)
         those = [rival for rival in RIVALS if rival.is_rival_of(workload)]

@@ -99,15 +99,16 @@ def hot_loop(code: Code) -> list[Instruction]:
     Both compilers keep the order of the source, in which it is the first loop; the one over what is
     left follows. Without a loop this is empty.
     """
-    loops = sorted(
-        (instruction.target, end)
+    # (Of several branches back to one instruction, the last ends the loop.)
+    loops = {
+        instruction.target: end
         for end, instruction in enumerate(code.instructions)
         if instruction.target is not None and instruction.target <= end
-    )
+    }
     innermost = (
         code.instructions[start : end + 1]
-        for start, end in loops
-        if not any(start <= s and e <= end for s, e in loops if (s, e) != (start, end))
+        for start, end in sorted(loops.items())
+        if not any(start <= s and e <= end for s, e in loops.items() if s != start)
     )
     return next((loop for loop in innermost if loads(loop) or stores(loop)), [])
 
