@@ -28,17 +28,14 @@ if not torch.cuda.is_available():
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _has_interpreter() -> bool:
-    """Whether Triton's interpreter works: that of 3.6 does not with NumPy 2.4 and newer."""
-
-    def version(package: str) -> tuple[int, ...]:
-        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
-
-    return HAS_TRITON and (version("triton") >= (3, 7) or version("numpy") < (2, 4))
+def version(package: str) -> tuple[int, ...]:
+    """Return the first two numbers of the version that is installed."""
+    return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
 
 
-# On a GPU the kernel is compiled; what runs on the CPU there too still needs the interpreter.
-HAS_INTERPRETER = _has_interpreter()
+# That of Triton 3.6 and older does not work with NumPy 2.4 and newer. On a GPU the kernel is
+# compiled; what runs on the CPU there too still needs the interpreter.
+HAS_INTERPRETER = HAS_TRITON and (version("triton") >= (3, 7) or version("numpy") < (2, 4))
 on_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
 )
@@ -127,6 +124,8 @@ def device() -> str:
 def _select(name: str) -> Iterator[str]:
     if name == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed on this machine")
+    if name == "triton" and not HAS_INTERPRETER and not torch.cuda.is_available():
+        pytest.skip(NO_INTERPRETER)
     with backend_set(name):
         yield name
 
