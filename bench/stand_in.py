@@ -45,7 +45,7 @@ def gpu(target: str = "sm_90") -> Iterator[Any]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from fused_smoothl1 import dispatch, launch, launcher
+    from fused_smoothl1 import launch, launcher
 
     # Triton keeps what it compiled by device: another one for every target.
     number = list(TARGETS).index(target)
@@ -68,8 +68,16 @@ def gpu(target: str = "sm_90") -> Iterator[Any]:
     for function in (*vars(launch).values(), *vars(launcher).values()):
         # What is remembered of a device may be of another target.
         getattr(function, "cache_clear", lambda: None)()
-    # The dispatcher would let tensors of the CPU through to an interpreted kernel only.
-    dispatch.backend_on.cache_clear()
-    with mock.patch.object(dispatch, "_triton_on", return_value=(launch, "")):
+    with tensors_on_gpu():
         yield launch
+
+
+@contextmanager
+def tensors_on_gpu() -> Iterator[None]:
+    """Let tensors of the CPU count as tensors on a GPU, whatever Triton makes of it."""
+    from fused_smoothl1 import dispatch
+
+    dispatch.backend_on.cache_clear()
+    with mock.patch.object(dispatch, "TRITON_DEVICES", (*dispatch.TRITON_DEVICES, "cpu")):
+        yield
     dispatch.backend_on.cache_clear()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fused_smoothl1
 from fused_smoothl1 import dispatch, eager
+from fused_smoothl1.functional import smooth_l1_loss
 from fused_smoothl1.problem import FLOAT_DTYPES
 
 ROWS = 500  # boxes of 4 coordinates: more than one block of the kernel
@@ -59,17 +60,20 @@ def _say(what: str, text: str) -> None:
 def _triton_version() -> str:
     try:
         import triton
-    except ModuleNotFoundError as error:
-        return "not installed" if error.name == "triton" else f"cannot be imported: {error}"
-    except Exception as error:
-        return f"cannot be imported: {error!r}"
-    return str(triton.__version__)
+
+        return str(triton.__version__)
+    except Exception as error:  # It may be another module of this name.
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+        return "not installed" if is_missing else f"broken: {error!r}"
 
 
 def _backend(device: torch.device) -> str:
     """Name the backend, and what made the dispatch choose it."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("always", "fused_smoothl1")
+        # Only a call can tell whether a kernel compiles.
+        smooth_l1_loss(torch.zeros(1, device=device), torch.zeros(1, device=device))
         name = "eager PyTorch" if dispatch.backend_on(device) is eager else "Triton kernel"
     choice = os.environ.get("FUSED_SMOOTHL1_BACKEND", "auto")
     if caught:

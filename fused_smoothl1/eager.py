@@ -2,7 +2,7 @@
 
 `forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, in few operations
 over whole tensors: each of them costs, in small calls and on busy cores. The divisor may be a
-tensor, but beta is always a number here: `ops.py` gives other problems to the composition.
+tensor, but beta is always a number here: the composition takes other problems.
 """
 
 import math

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fused_smoothl1 import eager, ops
 from fused_smoothl1.autograd import apply
 from fused_smoothl1.dispatch import backend_for, is_eager, is_plain
-from fused_smoothl1.hooks import SYMBOLS, may_hold, traced_as_constant
+from fused_smoothl1.hooks import SYMBOLS, is_static, may_hold, traced_as_constant
 from fused_smoothl1.problem import FLOAT_DTYPES, MASK_DTYPES, NO_NEEDS, OPERANDS, make_problem
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -51,8 +51,9 @@ def smooth_l1_loss(
 
     On a GPU one Triton kernel computes the loss, and in the same pass the gradient where it can;
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
-    PyTorch gives the same result, to rounding. Numbers are not compiled into the kernel: new values
-    cost nothing, except one recompilation by ``torch.compile`` at the second one.
+    PyTorch gives the same result, to rounding; on a GPU that Triton cannot serve, or where Triton
+    is missing or broken, too, with one ``RuntimeWarning``. Numbers are not compiled into the
+    kernel: new values cost nothing, except one recompilation by ``torch.compile`` at the second.
 
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
@@ -92,7 +93,7 @@ def smooth_l1_loss(
             ``beta`` or ``normalizer`` are neither a real number nor a tensor where one is allowed.
         ValueError: if shapes, devices or values do not fit, ``reduction`` is unknown, or both
             ``sigma`` and ``beta``, or ``normalizer`` without ``"sum"``, are given.
-        RuntimeError: if ``FUSED_SMOOTHL1_BACKEND=triton`` asks for what cannot be had.
+        RuntimeError: if ``FUSED_SMOOTHL1_BACKEND=triton`` asks for what cannot be had; it says why.
 
     The environment variable ``FUSED_SMOOTHL1_BACKEND`` is for debugging: ``auto`` (the default) as
     described, ``eager`` never the kernel, ``triton`` never anything else; on CPU tensors the latter
@@ -143,13 +144,15 @@ def smooth_l1_loss(
     if not is_plain(problem):
         _load_sharding(input.device)
         return ops.loss(problem, sigma_number)
-    backend = backend_for(input)
+    backend = backend_for(problem)
     if backend is eager and (native := eager.native_loss(problem)) is not None:
         return native
+    loss: Tensor
     if torch.is_grad_enabled():
-        loss: Tensor = apply(*problem[:OPERANDS], problem, backend)
-        return loss
-    return backend.forward(problem, NO_NEEDS)[0]
+        loss = apply(*problem[:OPERANDS], problem, backend)
+    else:
+        loss, _ = backend.forward(problem, NO_NEEDS)
+    return loss
 
 
 @traced_as_constant
@@ -271,6 +274,9 @@ def _number(name: str, value: Any, alternative: str = "") -> float:
         return cast(float, torch.sym_float(value))
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number{alternative}, got {_kind(value)}")
+    if isinstance(value, int) and not is_static(value):
+        # As an integer: PyTorch 2.9 compiles no product of a tensor and its conversion to a float.
+        return value
     try:
         return float(value)
     except OverflowError:

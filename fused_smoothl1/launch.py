@@ -188,7 +188,7 @@ def _launch(
         )
     except BaseException:
         # An interrupted launch may leave a ticket drawn: later ones would add up too early.
-        _workspaces.clear()
+        _kept_workspace.cache_clear()
         raise
 
 
@@ -304,6 +304,7 @@ def _plan(
 @cache
 def _loss_code(gpu: Gpu, *kind: Hashable) -> Code:
     return Code(
+        gpu,
         smooth_l1_kernel,
         lambda p: (p[:WALKED], *p[WALKED:GRADIENTS], p[GRADIENTS:WORKSPACE], *p[WORKSPACE:]),
         THREADS // gpu.warp_size,
@@ -312,7 +313,7 @@ def _loss_code(gpu: Gpu, *kind: Hashable) -> Code:
 
 @cache
 def _scale_code(gpu: Gpu, *kind: Hashable) -> Code:
-    return Code(scale_kernel, lambda p: (p[:2], *p[2:]), THREADS // gpu.warp_size)
+    return Code(gpu, scale_kernel, lambda p: (p[:2], *p[2:]), THREADS // gpu.warp_size)
 
 
 def _programs(gpu: Gpu, numel: int, block: int) -> int:
@@ -322,7 +323,6 @@ def _programs(gpu: Gpu, numel: int, block: int) -> int:
 # Partial sums and ticket, and their addresses.
 Workspace = tuple[tuple[Tensor, Tensor], tuple[int | None, ...]]
 NO_WORKSPACE: Any = (None, None), (None, None)
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
 def _workspace(gpu: Gpu, stream: int, programs: int, may_be_replayed: bool) -> Workspace:
@@ -334,15 +334,13 @@ def _workspace(gpu: Gpu, stream: int, programs: int, may_be_replayed: bool) -> W
     """
     if may_be_replayed or gpu.is_capturing():
         return _new_workspace(gpu.device, programs)
-    place = gpu.device, stream
-    workspace = _workspaces.get(place)
-    if workspace is None:
-        workspace = _workspaces[place] = _kept_workspace(gpu)
-    return workspace
+    return _kept_workspace(gpu, stream)
 
 
-def _kept_workspace(gpu: Gpu) -> Workspace:
-    """Return a workspace for all launches on the current stream.
+# (Streams come and go. Memory that is given up here is used again on its own stream alone.)
+@lru_cache(maxsize=256)
+def _kept_workspace(gpu: Gpu, stream: int) -> Workspace:
+    """Return a workspace for all launches on the current stream, whose handle this is.
 
     A new thread allocates it. This one may be allocating from a graph's memory, which nothing
     reveals: torch.compile does so around a user's operator that calls this library.
@@ -350,11 +348,11 @@ def _kept_workspace(gpu: Gpu) -> Workspace:
     capacity = gpu.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
     if gpu.module is None:
         return _new_workspace(gpu.device, capacity)
-    stream = gpu.module.current_stream(gpu.device)
+    current = gpu.module.current_stream(gpu.device)
 
     def allocate() -> Workspace:
         # (To restore another stream would start the first device up, which may not be this one.)
-        gpu.module.set_stream(stream)
+        gpu.module.set_stream(current)
         return _new_workspace(gpu.device, capacity)
 
     with ThreadPoolExecutor(1) as thread:

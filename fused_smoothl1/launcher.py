@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from fused_smoothl1.problem import NoKernelError
+
 INT32_MAX = 2**31 - 1
 # Triton compiles other code where an address or an integer is a multiple of this.
 DIVISOR = 16
@@ -18,6 +20,11 @@ DIVISOR = 16
 # What a compiled kernel is launched with. Where a version of Triton does not have all of this, each
 # launch is Triton's own.
 LAUNCHED_WITH = ("run", "function", "packed_metadata")
+# What Triton does not do without, for a message.
+NEEDS = (
+    "it needs the driver's library, a C compiler (CC), a folder to write to (TRITON_CACHE_DIR), "
+    "and to be of a version that knows the GPU"
+)
 NO_HOOKS = None, None, None  # Metadata for hooks, a hook before and one after the launch.
 
 Arguments = tuple[Any, ...]
@@ -77,7 +84,11 @@ class Gpu:
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """Return what is known of a device."""
+    """Return what is known of a device.
+
+    Raises:
+        NoKernelError: if Triton has no driver for it that works.
+    """
     module, multiprocessors = None, 1  # The interpreter runs one program at a time.
     if device.type != "cpu":
         module = torch.get_device_module(device)
@@ -86,8 +97,11 @@ def gpu_of(device: torch.device) -> Gpu:
         multiprocessors = int(getattr(properties, name))
     if knobs.runtime.interpret:
         return Gpu(device, module, multiprocessors, None, 32, False)
-    driver = triton.runtime.driver.active
-    target = driver.get_current_target()
+    try:
+        driver = triton.runtime.driver.active
+        target = driver.get_current_target()
+    except Exception as error:
+        raise NoKernelError(f"Triton cannot use {device}", NEEDS, error) from error
     is_amd = target.backend == "hip"
     return Gpu(device, module, multiprocessors, driver, target.warp_size, is_amd)
 
@@ -101,13 +115,18 @@ class Code:
     `of_integers`.
     """
 
-    def __init__(self, kernel: Any, grouped: Callable[[Arguments], Arguments], warps: int) -> None:
+    def __init__(
+        self, gpu: Gpu, kernel: Any, grouped: Callable[[Arguments], Arguments], warps: int
+    ) -> None:
         """Take the kernel, and what makes its first arguments of all its pointers."""
+        self.gpu = gpu
         self.kernel = kernel
         self.grouped = grouped
         # Without fused multiply-add each operation rounds as it does in eager PyTorch.
         self.options = {"num_warps": warps, "enable_fp_fusion": False}
         self.compiled: Any = None
+        # (The interpreter compiles nothing.)
+        self.is_loaded = gpu.driver is None
 
     def launch(
         self,
@@ -121,16 +140,39 @@ class Code:
 
         The kernel's arguments are its pointers, which are given as tensors and as their addresses,
         and the others.
+
+        Raises:
+            NoKernelError: if it cannot be compiled or loaded. Nothing has been launched then.
         """
         compiled = self.compiled
         if compiled is not None and not self._is_observed():
             handles = stream, compiled.function, compiled.packed_metadata
             compiled.run(programs, 1, 1, *handles, *NO_HOOKS, *self.grouped(addresses), *others)
             return
-        compiled = self.kernel[(programs,)](*self.grouped(tensors), *others, **self.options)
-        # (The interpreter compiles nothing.)
+        arguments = *self.grouped(tensors), *others
+        if not self.is_loaded:
+            self._load(arguments)
+        compiled = self.kernel[(programs,)](*arguments, **self.options)
         if all(hasattr(compiled, name) for name in LAUNCHED_WITH) and not self._is_observed():
             self.compiled = compiled
+
+    def _load(self, arguments: Arguments) -> None:
+        """Compile the kernel and load it to the device.
+
+        Triton would do so within the first launch, and its errors could not be told from those.
+        """
+        # While a graph is captured the driver may refuse to load anything. Later it does not.
+        is_capturing = self.gpu.is_capturing()
+        try:
+            compiled = self.kernel.warmup(*arguments, grid=(1,), **self.options)
+            if compiled is not None:  # (A hook in Triton may keep it from compiling.)
+                compiled[1, 1, 1]  # To ask for a launch loads it.
+        except Exception as error:
+            if is_capturing:
+                raise
+            device = self.gpu.device
+            raise NoKernelError(f"Triton cannot compile for {device}", NEEDS, error) from error
+        self.is_loaded = True
 
     def _is_observed(self) -> bool:
         """Whether Triton is asked to tell of launches, or to compile otherwise than usual."""
@@ -139,9 +181,10 @@ class Code:
             getattr(runtime.launch_enter_hook, "calls", True)
             or getattr(runtime.launch_exit_hook, "calls", True)
             or self.kernel.pre_run_hooks
-            or runtime.add_stages_inspection_hook
             or runtime.debug
-            or knobs.compilation.instrumentation_mode
+            # (Triton 3.5 has none of these.)
+            or getattr(runtime, "add_stages_inspection_hook", None)
+            or getattr(knobs.compilation, "instrumentation_mode", None)
         )
 
 

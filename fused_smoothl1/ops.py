@@ -11,7 +11,7 @@ from typing import Any, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from fused_smoothl1 import composition, eager
+from fused_smoothl1 import composition
 from fused_smoothl1.dispatch import backend_for, is_eager
 from fused_smoothl1.hooks import (
     below_autograd,
@@ -121,12 +121,9 @@ class _Shapes:
 
 
 def _run(*arguments: Any) -> Results:
-    """Return an operator's results from the backend, or by composition where it cannot."""
+    """Return an operator's results from the backend."""
     problem = Problem(*arguments[-OPERANDS - FIELDS : -OPERANDS])
-    backend: Any = backend_for(problem.input)
-    if backend is eager and problem.beta is not None:
-        backend = composition
-    return _results(arguments, backend)
+    return _results(arguments, backend_for(problem))
 
 
 def _results(arguments: tuple[Any, ...], backend: Any) -> Results:

@@ -6,6 +6,7 @@ is used, and the number, which is 1 where the tensor is used.
 
 import math
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Final, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -106,8 +107,20 @@ def make_problem(
     )
 
 
+class NoKernelError(Exception):
+    """Why Triton's kernels cannot serve a device, and the way out."""
+
+    def __init__(self, reason: str, way_out: str = "", error: Exception | None = None) -> None:
+        """Take the error of PyTorch or Triton, if there is one behind it."""
+        cause = f" ({type(error).__name__}: {shorten(str(error), 300)})" if error else ""
+        super().__init__(f"{reason}{cause}{way_out and ': '}{way_out}")
+
+
 class Backend(Protocol):
-    """The loss of a `Problem`, by some means."""
+    """The loss of a `Problem`, by some means.
+
+    Each method may raise `NoKernelError`, before anything is computed.
+    """
 
     def forward(
         self, problem: Problem, needs: Needs, *, may_be_replayed: bool = False

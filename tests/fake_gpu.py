@@ -97,11 +97,10 @@ def fake_gpu(warp_size: int = 32) -> Iterator[FakeGpu]:
         patch.setattr(fake_tensor.FakeTensor, "data_ptr", lambda self: 4096, raising=False)
         patch.setattr(launcher, "triton", triton)
         patch.setattr(launcher, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-        patch.setattr(launch, "_workspaces", {})
         patch.setattr(launch, "_new_workspace", new_fake_workspace)
         patch.setattr(launcher.Code, "launch", lambda *arguments: module.launch(*arguments))
-        for function in (launcher.gpu_of, launch._scalar):
+        for function in (launcher.gpu_of, launch._scalar, launch._kept_workspace):
             function.cache_clear()
         yield module
-    for function in (launcher.gpu_of, launch._scalar):
+    for function in (launcher.gpu_of, launch._scalar, launch._kept_workspace):
         function.cache_clear()

@@ -92,6 +92,17 @@ def test_workspace_of_a_stream(gpu: FakeGpu) -> None:
         assert len({id(workspace[part]) for workspace in found.values()}) == 4
 
 
+def test_streams_come_and_go(gpu: FakeGpu) -> None:
+    """What is kept for them does not grow without end, and the streams in use keep theirs."""
+    first = _workspace(_forward(gpu, SEVERAL))
+    for stream in range(1, 1000):
+        gpu.stream = stream
+        _forward(gpu, SEVERAL)
+        gpu.stream = 0
+        assert _workspace(_forward(gpu, SEVERAL))[1] is first[1]
+    assert _launch()._kept_workspace.cache_info().currsize <= 256
+
+
 def test_workspace_has_room(gpu: FakeGpu) -> None:
     """For all programs of any later launch."""
     small = _forward(gpu, 2 * 1024)
@@ -153,7 +164,7 @@ def test_no_workspace(gpu: FakeGpu) -> None:
     several, upstream = _problem(SEVERAL), torch.empty((), device="cuda:0")
     launch.recompute(several, launch.backward(several, upstream, INPUT), upstream, INPUT)
     assert [_workspace(asked) for asked in gpu.launches] == [(None, None)] * 4
-    assert not launch._workspaces
+    assert not launch._kept_workspace.cache_info().currsize
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

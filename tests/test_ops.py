@@ -338,9 +338,11 @@ def test_shares_no_workspace(device: str, triton_backend: str) -> None:
 
     input, target = (gaussian(20_011, seed=seed, device=device) for seed in (1, 2))
     problem = make_problem(input, target, divisor_number=20_011)
-    launch._workspaces.clear()
+    launch._kept_workspace.cache_clear()
     found = FORWARD(*problem, *(True, False, False, False))
-    assert not launch._workspaces
+    assert not launch._kept_workspace.cache_info().currsize
     expected = launch.forward(problem, (True, False, False, False))
-    assert launch._workspaces, "it takes one, where calls follow each other on a stream"
+    assert launch._kept_workspace.cache_info().currsize, (
+        "it takes one, where calls follow each other on a stream"
+    )
     torch.testing.assert_close(found[:2], (expected[0], expected[1][0]), rtol=0, atol=0)

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import fused_smoothl1
+from fused_smoothl1 import dispatch
 from fused_smoothl1.__main__ import CASES, main
+from fused_smoothl1.problem import NoKernelError
 from tests.conftest import HAS_TRITON
+from tests.support import backend_set
 
 ROOT = Path(__file__).parent.parent
 RUN = "import sys; from fused_smoothl1.__main__ import main; sys.exit(main())"
@@ -62,11 +65,33 @@ def test_report() -> None:
         assert _line(result.stdout, "backend").startswith("eager PyTorch, because this is cpu")
 
 
-def test_works_without_triton() -> None:
-    result = _selfcheck("-c", f"import sys; sys.modules['triton'] = None; {RUN}")
+@pytest.mark.parametrize(
+    ("module", "told"), [("None", "not installed"), ("types.ModuleType('triton')", "broken")]
+)
+def test_works_without_triton(module: str, told: str) -> None:
+    result = _selfcheck("-c", f"import sys, types; sys.modules['triton'] = {module}; {RUN}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert _line(result.stdout, "triton") == "not installed"
+    assert _line(result.stdout, "triton").startswith(told)
     assert _line(result.stdout, "backend").startswith("eager PyTorch")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+def test_tells_that_no_kernel_compiles(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    from fused_smoothl1 import launcher
+
+    def launch(*_: Any) -> None:
+        raise NoKernelError("Triton cannot compile here")
+
+    monkeypatch.setattr(launcher.Code, "launch", launch)
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(dispatch, "_obstacles", {})
+    with backend_set("auto"):
+        assert main() == 0
+    line = _line(capsys.readouterr().out, "backend")
+    assert line.startswith("eager PyTorch: ")
+    assert "Triton cannot compile here" in line
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")

@@ -292,11 +292,11 @@ def test_compiled_with_graphs(triton_backend: str) -> None:
     compiled = torch.compile(smooth_l1_loss, fullgraph=True, mode="reduce-overhead")
     for seed in (0, 10, 20, 30):
         operands = _operands(seed)
-        launch._workspaces.clear()
+        launch._kept_workspace.cache_clear()
         torch.compiler.cudagraph_mark_step_begin()
         loss = compiled(*operands, sigma=2.0)
         (gradient,) = torch.autograd.grad(loss, operands[0])
-        assert not launch._workspaces
+        assert not launch._kept_workspace.cache_info().currsize
         expected = smooth_l1_loss(*operands, sigma=2.0)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, operands[0])[0])
@@ -330,14 +330,15 @@ def test_users_operator_compiled_with_graphs(triton_backend: str) -> None:
         return loss * 2, gradient + 1
 
     torch._dynamo.reset()
-    launch._workspaces.clear()
+    launch._kept_workspace.cache_clear()
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for seed in (0, 10, 20, 30):
         input, target, *_ = _operands(seed)
         torch.compiler.cudagraph_mark_step_begin()
         found = [tensor.clone() for tensor in compiled(input.detach(), target)]
         torch.testing.assert_close(found, list(step(input.detach(), target)))
-    assert len(launch._workspaces) > 1, "one was reserved while the graphs were warmed up"
+    kept = launch._kept_workspace.cache_info().currsize
+    assert kept > 1, "one was reserved while the graphs were warmed up"
     torch._dynamo.reset()
 
 
