@@ -93,6 +93,13 @@ def test_block_runs(block: Block) -> None:
     assert pairs == len(re.findall(r"^new = ", block.code, re.MULTILINE))
 
 
+def test_named_tests_exist() -> None:
+    """Those that show what the README says of compatibility, and of the rest."""
+    named = set(re.findall(r"\btest_\w+\.py", README.read_text(encoding="utf-8")))
+    assert len(named) > 20
+    assert named <= {path.name for path in Path(__file__).parent.iterdir()}
+
+
 def test_extraction() -> None:
     text = "\n".join(
         [
