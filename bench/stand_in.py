@@ -77,7 +77,7 @@ def tensors_on_gpu() -> Iterator[None]:
     """Let tensors of the CPU count as tensors on a GPU, whatever Triton makes of it."""
     from fused_smoothl1 import dispatch
 
-    dispatch.backend_on.cache_clear()
+    dispatch._backends.clear()
     with mock.patch.object(dispatch, "TRITON_DEVICES", (*dispatch.TRITON_DEVICES, "cpu")):
         yield
-    dispatch.backend_on.cache_clear()
+    dispatch._backends.clear()

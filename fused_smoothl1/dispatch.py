@@ -2,10 +2,9 @@
 
 import os
 import sys
+import threading
 import warnings
-from functools import cache
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,25 +18,27 @@ from fused_smoothl1.hooks import (
     traced_as_constant,
     untraced,
 )
-from fused_smoothl1.problem import Backend, NoKernelError, Problem
+from fused_smoothl1.problem import Backend, Gradients, Needs, NoKernelError, Problem
 
 CHOICES = ("auto", "eager", "triton")
 # The device types for which Triton generates code ("cuda" is also ROCm's name in PyTorch).
 TRITON_DEVICES = ("cuda", "xpu")
 # The oldest NVIDIA architecture that Triton supports.
 MINIMUM_CAPABILITY = (7, 5)
-# What a message about a missing or a broken Triton ends with.
-INSTALL = "reinstall PyTorch, whose builds for GPUs on Linux bring the one that belongs to them"
 # Of the fields of a problem.
 PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, bool, torch.dtype}
+# What a message about a missing or a broken Triton ends with.
+INSTALL = (
+    "on Linux, PyTorch's builds for GPUs bring the Triton that belongs to them: reinstall PyTorch"
+)
 
-
-# Why a kernel could not be compiled, on devices where it turned out so.
-_obstacles: dict[torch.device, str] = {}
+_backends: dict[torch.device, Backend] = {}
+# Held while a backend is decided on, so that several threads import Triton, and warn, once.
+_deciding = threading.RLock()
 
 
 @untraced
-def backend_for(problem: Problem) -> Any:
+def backend_for(problem: Problem) -> Backend:
     """Return the backend that computes this problem."""
     backend = backend_on(problem.input.device)
     # Without elements there is nothing to launch a kernel for.
@@ -46,14 +47,24 @@ def backend_for(problem: Problem) -> Any:
     return backend
 
 
-@cache
 def backend_on(device: torch.device) -> Backend:
-    """Return the backend that computes on this device, the same one for the whole process.
+    """Return the backend that computes on this device.
+
+    It stays the same for the whole process, unless a kernel turns out not to compile.
 
     Raises:
         ValueError: if FUSED_SMOOTHL1_BACKEND has a value that is not allowed.
         RuntimeError: if it is ``triton`` and Triton cannot serve this device.
     """
+    backend = _backends.get(device)
+    if backend is None:
+        with _deciding:
+            backend = _backends.get(device) or _decide(device)
+            _backends[device] = backend
+    return backend
+
+
+def _decide(device: torch.device) -> Backend:
     choice = os.environ.get("FUSED_SMOOTHL1_BACKEND", "auto")
     if choice not in CHOICES:
         raise ValueError(
@@ -65,17 +76,22 @@ def backend_on(device: torch.device) -> Backend:
         or (choice == "auto" and device.type not in TRITON_DEVICES)
     ):
         return eager
+    is_required = choice == "triton"
     try:
-        backend: Backend = _triton_on(device)
-        return backend
+        return _UntilItFails(_triton_on(device), device, is_required)
     except NoKernelError as obstacle:
-        if choice == "triton":
-            raise RuntimeError(f"FUSED_SMOOTHL1_BACKEND=triton, but {obstacle}") from obstacle
-        _warn(
-            f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}; "
-            "FUSED_SMOOTHL1_BACKEND=eager does so without a warning"
-        )
-        return eager
+        return _instead_of_triton(device, obstacle, is_required)
+
+
+def _instead_of_triton(device: torch.device, obstacle: NoKernelError, is_required: bool) -> Backend:
+    """Return eager PyTorch, with a warning; raise where nothing but the kernel is wanted."""
+    if is_required:
+        raise RuntimeError(f"FUSED_SMOOTHL1_BACKEND=triton, but {obstacle}") from obstacle
+    _warn(
+        f"fused_smoothl1 computes in eager PyTorch on {device}, because {obstacle}; set "
+        "FUSED_SMOOTHL1_BACKEND=eager to silence this"
+    )
+    return eager
 
 
 @untraced
@@ -120,10 +136,8 @@ def is_eager(device: torch.device) -> bool:
     return backend_on(device) is eager
 
 
-def _triton_on(device: torch.device) -> Any:
+def _triton_on(device: torch.device) -> Backend:
     """Return the kernel's backend, or raise why it cannot serve this device."""
-    if device in _obstacles:
-        raise NoKernelError(_obstacles[device])
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
@@ -138,8 +152,10 @@ def _triton_on(device: torch.device) -> Any:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             raise NoKernelError("Triton is not installed", INSTALL) from error
-        # There may be another module of this name, or a package without its sources.
-        raise NoKernelError("Triton cannot be imported", INSTALL, error) from error
+        # It may be another module of this name, or a package without its sources.
+        file = getattr(sys.modules.get("triton"), "__file__", None)
+        place = f" from {file}" if file else ""
+        raise NoKernelError(f"Triton cannot be imported{place}", INSTALL, error) from error
     if device.type not in TRITON_DEVICES and not launch.INTERPRETED:
         raise NoKernelError(
             f"no kernel can be compiled for a tensor on {device}",
@@ -147,45 +163,74 @@ def _triton_on(device: torch.device) -> Any:
             "interpreter",
         )
     launcher.gpu_of(device)
-    return _until_it_fails(launch, device)
+    return launch
 
 
-def _until_it_fails(launch: Any, device: torch.device) -> Any:
-    """Return the kernel's backend, which gives way to eager PyTorch once a kernel does not compile.
+class _UntilItFails:
+    """Triton's backend for a device, which gives way to eager PyTorch where no kernel compiles.
 
-    That is known before anything is computed.
+    That is known before anything is computed. (It is called for each loss: no `*arguments` here.)
     """
 
-    def guarded(name: str) -> Any:
-        function = getattr(launch, name)
+    def __init__(self, launch: Backend, device: torch.device, is_required: bool) -> None:
+        self.launch, self.device, self.is_required = launch, device, is_required
 
-        @untraced
-        def compute(first: Any, *others: Any, **options: Any) -> Any:
-            if device not in _obstacles:
-                try:
-                    return function(first, *others, **options)
-                except NoKernelError as obstacle:
-                    _obstacles[device] = str(obstacle)
-                    backend_on.cache_clear()
-                    backend_on(device)  # Warns, or raises.
-            # (Gradients that are to be scaled are no problem.)
-            other = _eager_for(first) if isinstance(first, Problem) else eager
-            return getattr(other, name)(first, *others, **options)
+    @untraced
+    def forward(
+        self, problem: Problem, needs: Needs, *, may_be_replayed: bool = False
+    ) -> tuple[Tensor, Gradients]:
+        try:
+            return self.launch.forward(problem, needs, may_be_replayed=may_be_replayed)
+        except NoKernelError as obstacle:
+            self._give_up(obstacle)
+        return _eager_for(problem).forward(problem, needs)
 
-        return compute
+    @untraced
+    def backward(self, problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
+        try:
+            return self.launch.backward(problem, upstream, needs)
+        except NoKernelError as obstacle:
+            self._give_up(obstacle)
+        return _eager_for(problem).backward(problem, upstream, needs)
 
-    names = "forward", "backward", "scale", "recompute"
-    return SimpleNamespace(**{name: guarded(name) for name in names})
+    @untraced
+    def scale(
+        self, gradients: Gradients, upstream: Tensor, has_masks: bool = False
+    ) -> Gradients | None:
+        try:
+            return self.launch.scale(gradients, upstream, has_masks)
+        except NoKernelError as obstacle:
+            self._give_up(obstacle)
+        return eager.scale(gradients, upstream, has_masks)
+
+    @untraced
+    def recompute(
+        self, problem: Problem, gradients: Gradients, upstream: Tensor, needs: Needs
+    ) -> Gradients:
+        try:
+            return self.launch.recompute(problem, gradients, upstream, needs)
+        except NoKernelError as obstacle:
+            self._give_up(obstacle)
+        return _eager_for(problem).backward(problem, upstream, needs)
+
+    def _give_up(self, obstacle: NoKernelError) -> None:
+        """Leave all other calls to eager PyTorch too."""
+        with _deciding:
+            if _backends.get(self.device) is not eager:
+                backend = _instead_of_triton(self.device, obstacle, self.is_required)
+                _backends[self.device] = backend
 
 
-def _eager_for(problem: Problem) -> Any:
+def _eager_for(problem: Problem) -> Backend:
     """Return what computes a problem in eager PyTorch; with a tensor as beta, the composition."""
-    return eager if problem.beta is None else composition
+    return eager if problem.beta is None else cast(Backend, composition)
 
 
 def _warn(message: str) -> None:
     """Warn at the line that called into this package, be it through the function or the module."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].startswith(("fused_smoothl1.", "torch.")):
+    # (What PyTorch generates has no name.)
+    inner = "fused_smoothl1.", "torch."
+    while frame.f_back and frame.f_globals.get("__name__", "torch.").startswith(inner):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)

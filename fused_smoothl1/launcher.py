@@ -22,9 +22,11 @@ DIVISOR = 16
 LAUNCHED_WITH = ("run", "function", "packed_metadata")
 # What Triton does not do without, for a message.
 NEEDS = (
-    "it needs the driver's library, a C compiler (CC), a folder to write to (TRITON_CACHE_DIR), "
-    "and to be of a version that knows the GPU"
+    "it takes a version of Triton that knows the GPU, the driver's library, a C compiler (CC) and "
+    "a folder to write to (TRITON_CACHE_DIR)"
 )
+# In errors of the driver that a later launch need not meet again: they say nothing of the tools.
+PASSING = ("out of memory", "captur")
 NO_HOOKS = None, None, None  # Metadata for hooks, a hook before and one after the launch.
 
 Arguments = tuple[Any, ...]
@@ -127,6 +129,7 @@ class Code:
         self.compiled: Any = None
         # (The interpreter compiles nothing.)
         self.is_loaded = gpu.driver is None
+        self.obstacle = ""
 
     def launch(
         self,
@@ -161,17 +164,21 @@ class Code:
 
         Triton would do so within the first launch, and its errors could not be told from those.
         """
-        # While a graph is captured the driver may refuse to load anything. Later it does not.
-        is_capturing = self.gpu.is_capturing()
+        # (Asked once more, Triton may skip the load that failed.)
+        if self.obstacle:
+            raise NoKernelError(self.obstacle)
         try:
             compiled = self.kernel.warmup(*arguments, grid=(1,), **self.options)
-            if compiled is not None:  # (A hook in Triton may keep it from compiling.)
-                compiled[1, 1, 1]  # To ask for a launch loads it.
+            _ = (
+                compiled and compiled.run
+            )  # To ask for it loads it. (A hook may keep it from being.)
         except Exception as error:
-            if is_capturing:
+            if any(words in str(error) for words in PASSING):
                 raise
-            device = self.gpu.device
-            raise NoKernelError(f"Triton cannot compile for {device}", NEEDS, error) from error
+            reason = f"Triton cannot compile or load a kernel for {self.gpu.device}"
+            obstacle = NoKernelError(reason, NEEDS, error)
+            self.obstacle = str(obstacle)
+            raise obstacle from error
         self.is_loaded = True
 
     def _is_observed(self) -> bool:

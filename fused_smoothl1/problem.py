@@ -119,7 +119,7 @@ class NoKernelError(Exception):
 class Backend(Protocol):
     """The loss of a `Problem`, by some means.
 
-    Each method may raise `NoKernelError`, before anything is computed.
+    Triton's may raise `NoKernelError`, before anything is computed.
     """
 
     def forward(

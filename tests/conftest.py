@@ -28,8 +28,9 @@ if not torch.cuda.is_available():
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def version(package: str) -> tuple[int, ...]:
-    """Return the first two numbers of the version that is installed."""
+def version(module: str) -> tuple[int, ...]:
+    """Return the first two numbers of the version of a module, whichever package it comes with."""
+    package, *_ = importlib.metadata.packages_distributions()[module]
     return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
 
 

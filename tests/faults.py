@@ -10,6 +10,7 @@ import importlib.abc
 import inspect
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 
 from bench import stand_in
 from fused_smoothl1 import dispatch, ops, smooth_l1_loss
@@ -78,6 +80,13 @@ def nvidia(**environment: str) -> Fault:
     return fault
 
 
+def no_libcuda(folder: Path) -> None:
+    nvidia()(folder)
+    os.environ.pop("LD_LIBRARY_PATH", None)
+    # Where it is, `ldconfig` would say so.
+    subprocess.check_output = lambda *_, **__: b""  # type: ignore[assignment]
+
+
 def ptxas(folder: Path) -> None:
     program = folder / "ptxas"
     program.write_text(PTXAS)
@@ -86,13 +95,29 @@ def ptxas(folder: Path) -> None:
         os.environ[name] = str(program)
 
 
-def load(_: Path) -> None:
+def driver(**replaced: Any) -> Fault:
+    """Replace functions of the stand-in for a driver."""
+
+    def fault(_: Path) -> None:
+        from triton.runtime import driver
+
+        vars(driver.active.utils).update(replaced)
+
+    return fault
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def function(*_: Any) -> None:
+        raise error
+
+    return function
+
+
+def failing_launch(_: Path) -> None:
     from triton.runtime import driver
 
-    def load_binary(*_: Any) -> None:
-        raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
-
-    driver.active.utils.load_binary = load_binary
+    launcher = raising(RuntimeError("unspecified launch failure"))
+    driver.active.launcher_cls = lambda *_: launcher
 
 
 # Those of Triton itself and of its driver, and those of what it compiles.
@@ -105,11 +130,25 @@ OF_TRITON: dict[str, Fault] = {
     "AttributeError": import_raises(AttributeError("module has no attribute")),
     "no sources": no_sources,
     "foreign": lambda _: None,  # Triton knows no such GPU as this, which is not there.
-    "no libcuda": nvidia(),
+    "no libcuda": no_libcuda,
     "no cache folder": nvidia(TRITON_LIBCUDA_PATH="/", TRITON_CACHE_DIR=NOWHERE),
     "no C compiler": nvidia(TRITON_LIBCUDA_PATH="/", PATH=NOWHERE),
 }
-OF_KERNELS: dict[str, Fault] = {"ptxas": ptxas, "load": load}
+OF_KERNELS: dict[str, Fault] = {
+    "ptxas": ptxas,
+    "load": driver(
+        load_binary=raising(RuntimeError("Triton Error [CUDA]: device kernel image is invalid"))
+    ),
+    # Of which there are fewer than the kernel needs; Triton says it only once.
+    "threads": driver(load_binary=lambda *_: (1, 1, 0, 0, 64)),
+}
+# What is no fault of Triton's comes through, and may pass.
+PASSING: dict[str, Fault] = {
+    "memory": driver(load_binary=raising(RuntimeError("Triton Error [CUDA]: out of memory"))),
+    "capture": driver(load_binary=raising(RuntimeError("not permitted when capturing"))),
+    "interrupt": driver(load_binary=raising(KeyboardInterrupt("interrupted"))),
+    "launch": failing_launch,
+}
 
 
 def operands(rows: int, *, masked: bool = False) -> list[Tensor]:
@@ -120,39 +159,71 @@ def operands(rows: int, *, masked: bool = False) -> list[Tensor]:
     return [input, target, inside > 0 if masked else inside, outside]
 
 
-def losses_and_gradients() -> Iterator[list[Tensor]]:
-    """Make calls whose kernels differ, and those of whose backward passes too."""
-    for rows, masked, reduction in (
-        (9, False, "mean"),
-        (9, False, "none"),
-        (9, True, "sum"),
-        (1 << 18, False, "sum"),  # so large that a kernel multiplies the gradient
-        (0, False, "mean"),
-    ):
+def step(rows: int, masked: bool, reduction: str) -> Callable[[], list[Tensor]]:
+    """Return what computes a loss and a gradient."""
+
+    def compute() -> list[Tensor]:
         values = operands(rows, masked=masked)
         values[0].requires_grad_()
         loss = smooth_l1_loss(*values, sigma=2.0, reduction=reduction)
-        upstream = torch.full_like(loss, 3.0)
-        yield [loss.detach(), *torch.autograd.grad(loss, values[:1], upstream)]
-    values = operands(9)
-    yield [smooth_l1_loss(*values)]
-    # As a compiled graph calls it, with a transition point that is a tensor.
-    input, target, *_ = values
-    problem = make_problem(input, target, beta=torch.tensor(0.5))
-    yield [ops.FORWARD(*problem, *NO_NEEDS)[0]]
+        return [loss.detach(), *torch.autograd.grad(loss, values[:1], torch.full_like(loss, 3.0))]
+
+    return compute
+
+
+def without_gradient() -> list[Tensor]:
+    with torch.no_grad():
+        return [smooth_l1_loss(*operands(9))]
+
+
+def operator() -> list[Tensor]:
+    """Call the operators as a compiled graph does, with a transition point that is a tensor.
+
+    Such a graph relies on the strides that it was told when it was compiled.
+    """
+    input, target = torch.randn(3, 5, 2).permute(2, 0, 1).requires_grad_(), torch.randn(2, 3, 5)
+    mask = torch.randn(2, 1, 5) > 0
+    problem = make_problem(input.detach(), target, mask, beta=torch.tensor(0.5), reduce=False)
+    (losses, *_), upstream = ops.FORWARD(*problem, *NO_NEEDS), torch.ones_like(target)
+    gradient, *_ = ops.BACKWARD(upstream, *problem, True, False, False, False)
+    assert losses.stride() == gradient.stride() == input.stride()
+    right = F.smooth_l1_loss(input, target, beta=0.5, reduction="none") * mask
+    torch.testing.assert_close(losses, right.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(right, input, upstream)[0])
+    return []
+
+
+def compiled() -> list[Tensor]:
+    """Compute them in compiled graphs, whose generated code has no names."""
+    input, *others = operands(9)
+    input.requires_grad_()
+    torch._dynamo.reset()
+    loss = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)(input, *others)
+    return [loss.detach(), *torch.autograd.grad(loss, input)]
+
+
+# Their kernels differ, and those of their backward passes.
+CALLS = (
+    step(9, False, "mean"),
+    step(9, False, "none"),
+    step(9, True, "sum"),
+    step(1 << 18, False, "sum"),  # so large that a kernel multiplies the gradient
+    without_gradient,
+    operator,
+)
 
 
 @contextmanager
 def chosen(choice: str) -> Iterator[list[str]]:
     """Choose a backend; yield the warnings."""
     os.environ["FUSED_SMOOTHL1_BACKEND"] = choice
-    dispatch.backend_on.cache_clear()
+    dispatch._backends.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         told: list[str] = []
         yield told
         told += [f"{one.category.__name__}: {one.message}" for one in caught]
-    dispatch.backend_on.cache_clear()
+    dispatch._backends.clear()
 
 
 def in_threads(number: int) -> None:
@@ -175,7 +246,11 @@ def gradients(between: Callable[[], Any]) -> list[Tensor]:
 
     Of losses, of a sum under a mask, and a large one that is multiplied; none knows of the others.
     """
-    several = [(operands(9), "none"), (operands(9, masked=True), "sum")]
+    # (Of another dtype than all other calls, whose kernels must not have been loaded yet.)
+    several = [
+        ([t.double() if t.is_floating_point() else t for t in values], reduction)
+        for values, reduction in ((operands(9), "none"), (operands(9, masked=True), "sum"))
+    ]
     losses = [
         smooth_l1_loss(values[0].requires_grad_(), *values[1:], reduction=reduction)
         for values, reduction in several
@@ -185,47 +260,76 @@ def gradients(between: Callable[[], Any]) -> list[Tensor]:
     between()
     backend.scale((found[0], None, None, None), torch.tensor(3.0))
     for loss, (values, _) in zip(losses, several, strict=True):
-        dispatch._obstacles.clear()
-        dispatch.backend_on.cache_clear()
+        dispatch._backends.clear()
         found += torch.autograd.grad(loss, values[:1], torch.full_like(loss, 3.0))
     return found
 
 
-def tell(fault: Fault, folder: Path, on_stand_in: bool) -> dict[str, Any]:
-    """Return what happens under a fault."""
+def refusals(calls: list[Callable[[], Any]]) -> list[str]:
+    """Return what calls raise."""
+    found = []
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            found.append(f"{type(error).__name__}: {error}")
+        else:
+            found.append("nothing")
+    return found
+
+
+def of_triton(name: str, folder: Path) -> dict[str, Any]:
+    """Return what happens under a fault of Triton's."""
+    is_of_kernels = name in OF_KERNELS
+    fault = (OF_TRITON | OF_KERNELS)[name]
+    calls = [*CALLS, compiled] if is_of_kernels else CALLS
     with chosen("eager"):
-        expected = list(losses_and_gradients()), gradients(lambda: None)
-    os.environ.update({**stand_in.ENVIRONMENT, "TRITON_CACHE_DIR": str(folder / "cache")})
-    with stand_in.gpu() if on_stand_in else stand_in.tensors_on_gpu():
-        told: dict[str, Any] = {}
-        if on_stand_in:
-            # (The fault of the second half comes after kernels that were compiled and loaded.)
+        expected = [call() for call in calls]
+        of_backward = gradients(lambda: None)
+    told: dict[str, Any] = {}
+    with stand_in.gpu() if is_of_kernels else stand_in.tensors_on_gpu():
+        if is_of_kernels:
+            # (The fault comes after kernels that were compiled and loaded.)
             with chosen("auto") as told["in backward"]:
                 found = gradients(lambda: fault(folder))
-            torch.testing.assert_close(found, expected[1])
-        fault(folder)
-        dispatch._obstacles.clear()
-        with chosen("auto") as told["warnings"]:
-            losses = list(losses_and_gradients())
-            in_threads(4)
-        torch.testing.assert_close(losses, expected[0])
-        dispatch._obstacles.clear()
+            torch.testing.assert_close(found, of_backward)
+        else:
+            fault(folder)
+        told["first"] = []
+        for call, right in zip(calls, expected, strict=True):
+            with chosen("auto") as warned:
+                # Whichever is the first, it warns, and no other does.
+                torch.testing.assert_close([call(), call()], [right, right])
+            told["first"].append(warned)
+        with chosen("auto") as told["in threads"]:
+            in_threads(8)
         with chosen("triton"):
-            try:
-                list(losses_and_gradients())
-            except Exception as error:
-                told["refusal"] = f"{type(error).__name__}: {error}"
+            told["refusals"] = refusals([*calls, *calls])
     return told
 
 
-def isolated(fault: Fault, on_stand_in: bool) -> dict[str, Any]:
+def passing(name: str, folder: Path) -> dict[str, Any]:
+    """Return what comes through, and what does the next time."""
+    with stand_in.gpu(), chosen("auto") as warned:
+        from triton.runtime import driver
+
+        before = dict(vars(driver.active.utils))
+        PASSING[name](folder)
+        first = refusals([lambda: smooth_l1_loss(*operands(9))])
+        vars(driver.active.utils).update(before)
+        then = refusals([lambda: smooth_l1_loss(*operands(9))])
+    return {"refusals": first + then, "warnings": warned}
+
+
+def isolated(name: str) -> dict[str, Any]:
     """Return what happens under a fault, in a process of its own."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         process = os.fork()
         if not process:
+            os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
             try:
-                told = tell(fault, folder, on_stand_in)
+                told = (passing if name in PASSING else of_triton)(name, folder)
             except BaseException:
                 told = {"raised": traceback.format_exc()}
             (folder / "told").write_text(json.dumps(told))
@@ -237,6 +341,5 @@ def isolated(fault: Fault, on_stand_in: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    faults = {**dict.fromkeys(OF_TRITON, False), **dict.fromkeys(OF_KERNELS, True)}
-    both = OF_TRITON | OF_KERNELS
-    print(json.dumps({name: isolated(both[name], kind) for name, kind in faults.items()}))
+    os.environ.update(stand_in.ENVIRONMENT)
+    print(json.dumps({name: isolated(name) for name in (*OF_TRITON, *OF_KERNELS, *PASSING)}))

@@ -71,9 +71,9 @@ def backend_set(name: str | None) -> Iterator[None]:
             patch.delenv("FUSED_SMOOTHL1_BACKEND", raising=False)
         else:
             patch.setenv("FUSED_SMOOTHL1_BACKEND", name)
-        dispatch.backend_on.cache_clear()
+        dispatch._backends.clear()
         yield
-    dispatch.backend_on.cache_clear()
+    dispatch._backends.clear()
 
 
 def beta_of(sigma: float | None, beta: float | None) -> float:

@@ -147,7 +147,7 @@ def test_each_gpu_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])
 def test_no_triton(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_triton(monkeypatch)
-    with pytest.warns(RuntimeWarning, match=r"eager.*install") as caught:
+    with pytest.warns(RuntimeWarning, match=r"eager.*reinstall") as caught:
         backends = [dispatch.backend_on(torch.device(device)) for _ in range(3)]
     assert backends == [eager] * 3
     assert len(caught) == 1

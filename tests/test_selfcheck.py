@@ -86,7 +86,6 @@ def test_tells_that_no_kernel_compiles(
 
     monkeypatch.setattr(launcher.Code, "launch", launch)
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(dispatch, "_obstacles", {})
     with backend_set("auto"):
         assert main() == 0
     line = _line(capsys.readouterr().out, "backend")
