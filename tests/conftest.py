@@ -10,7 +10,7 @@ gives NaN here rather than the zeros a fresh page happens to hold.
 """
 
 import gc
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -29,9 +29,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def version(module: str) -> tuple[int, ...]:
-    """Return the first two numbers of the version of a module, whichever package it comes with."""
-    package, *_ = importlib.metadata.packages_distributions()[module]
-    return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+    """Return the first two numbers of a module's version. (Triton's package has several names.)"""
+    return tuple(map(int, importlib.import_module(module).__version__.split(".")[:2]))
 
 
 # That of Triton 3.6 and older does not work with NumPy 2.4 and newer. On a GPU the kernel is
