@@ -29,7 +29,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def version(module: str) -> tuple[int, ...]:
-    """Return the first two numbers of a module's version. (Triton's package has several names.)"""
+    """Return the first two numbers of a module's version; Triton's package has several names."""
     return tuple(map(int, importlib.import_module(module).__version__.split(".")[:2]))
 
 
