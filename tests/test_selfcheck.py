@@ -16,7 +16,7 @@ import fused_smoothl1
 from fused_smoothl1 import dispatch
 from fused_smoothl1.__main__ import CASES, main
 from fused_smoothl1.problem import NoKernelError
-from tests.conftest import HAS_TRITON
+from tests.conftest import HAS_INTERPRETER, HAS_TRITON, NO_INTERPRETER
 from tests.support import backend_set
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,9 @@ def test_tells_that_no_kernel_compiles(
     assert "Triton cannot compile here" in line
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+@pytest.mark.skipif(
+    not (HAS_INTERPRETER or (HAS_TRITON and torch.cuda.is_available())), reason=NO_INTERPRETER
+)
 def test_checks_the_kernel() -> None:
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     result = _selfcheck(FUSED_SMOOTHL1_BACKEND="triton", **interpreted)
