@@ -124,7 +124,7 @@ def _quotient(value: Tensor, problem: Problem) -> Tensor:
     if problem.divisor is not None:
         return value / problem.divisor.to(value.dtype)
     if problem.divisor_number == 1:
-        # (PyTorch 2.9 adds up what a DTensor's ranks hold before it divides.)
+        # (PyTorch 2.10 adds up what a DTensor's ranks hold before it divides.)
         return value
     return value / _as_tensor(problem.divisor_number, value)
 
