@@ -35,6 +35,7 @@ class SmoothL1(torch.autograd.Function):
         target: Tensor,
         inside: Tensor | None,
         outside: Tensor | None,
+        beta: Tensor | None,
         problem: Problem,
         backend: Backend,
     ) -> Tensor:
@@ -51,7 +52,7 @@ class SmoothL1(torch.autograd.Function):
     @staticmethod
     @untraced
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the four operands."""
+        """Return the gradients of the five operands."""
         (upstream,) = upstreams
         is_plain = is_plain_backward(upstream)
         # A saved gradient is overwritten and handed out, so it serves only once.

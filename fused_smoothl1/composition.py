@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_smoothl1.hooks import may_hold
 from fused_smoothl1.problem import (
+    LARGEST,
     NO_GRADIENTS,
     Gradients,
     Needs,
@@ -21,14 +22,15 @@ from fused_smoothl1.problem import (
     beta_and_inverse,
     in_range,
     split_weights,
-    sum_to_weights,
+    sum_to_operands,
+    tensor_beta,
 )
 
 
 def loss(problem: Problem) -> Tensor:
     """Return the loss, connected to the graph of its operands."""
-    _, _, _, outside, x = _elements(problem)
-    value, _ = _smooth_l1(x, problem)
+    _, selected, _, outside, x = _elements(problem)
+    value, _ = _smooth_l1(x, problem, selected)
     value = value if outside is None else value * outside
     if problem.reduce:
         # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
@@ -50,21 +52,23 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     if not any(needs):
         return NO_GRADIENTS
     difference, selected, inside, outside, x = _elements(problem)
-    losses, slopes = _smooth_l1(x, problem)
+    losses, (is_linear, sign, slope) = _smooth_l1(x, problem, selected)
 
     def select(gradient: Tensor) -> Tensor:
         return gradient if selected is None else torch.where(selected, gradient, 0)
 
     scale = _quotient(upstream, problem) if problem.reduce else upstream
-    grad_x = torch.where(*slopes) * (scale if outside is None else outside * scale)
+    grad_losses = scale if outside is None else outside * scale
+    grad_x = torch.where(is_linear, sign, slope) * grad_losses
     gradient = select(grad_x if inside is None else grad_x * inside)
     gradients = (
         gradient.to(problem.input.dtype) if needs[0] else None,
         -gradient.to(problem.target.dtype) if needs[1] else None,
         select(difference * grad_x) if needs[2] else None,
         select(losses * scale) if needs[3] else None,
+        select(_of_beta(is_linear, slope) * grad_losses) if needs[4] else None,
     )
-    return sum_to_weights(problem, gradients)
+    return sum_to_operands(problem, gradients)
 
 
 def _elements(
@@ -90,34 +94,54 @@ def _elements(
     return difference, selected, inside, outside, x
 
 
-def _smooth_l1(x: Tensor, problem: Problem) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _smooth_l1(
+    x: Tensor, problem: Problem, selected: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return the loss of weighted differences, and what makes up its derivative.
 
     That is where the loss is linear, its slope there, and its slope elsewhere, which are combined
     only where a gradient is needed.
     """
-    beta: Tensor | float
-    inverse_beta: Tensor | float
-    if problem.beta is None:
-        beta, inverse_beta = beta_and_inverse(problem)
-        if inverse_beta == math.inf:
-            # Only NaN counts as quadratic then. The other elements are 0 there, and 0 times inf
-            # would be a NaN that nobody selects but anomaly detection reports.
-            inverse_beta = 1.0
-    else:
-        beta, inverse_beta = problem.beta, problem.beta.reciprocal()
-    half_beta, half_inverse = _as_tensor(beta / 2, x), _as_tensor(inverse_beta / 2, x)
-    beta, inverse_beta = _as_tensor(beta, x), _as_tensor(inverse_beta, x)
+    beta, least_linear, inverse_beta = _transition(x, problem, selected)
+    half = _as_tensor(0.5, x)
     # (Not abs: its second derivative is a tensor without memory. Detached, because inf times the
     # zero tangent of a sign would be NaN.)
     sign = x.detach().sign()
     size = sign * x
-    is_linear = size >= beta  # NaN counts as quadratic: the sign would make its derivative 0.
+    is_linear = (
+        size >= least_linear
+    )  # NaN counts as quadratic: the sign would make its derivative 0.
     # Linear elements must not reach the quadratic branch's derivative, because 0 times inf is NaN.
     # Nor may the loss be a product of branches: for infinite upstream gradients, inf - inf is NaN.
     rest = torch.where(is_linear, 0, x)
-    loss = torch.where(is_linear, size - half_beta, rest * (rest * half_inverse))
-    return loss, (is_linear, sign, rest * inverse_beta)
+    slope = rest * inverse_beta
+    loss = torch.where(is_linear, size - half * beta, half * (rest * slope))
+    return loss, (is_linear, sign, slope)
+
+
+def _of_beta(is_linear: Tensor, slope: Tensor) -> Tensor:
+    """Return the derivative of the loss with respect to beta."""
+    return torch.where(is_linear, 1, slope.square()) * _as_tensor(-0.5, slope)
+
+
+def _transition(
+    x: Tensor, problem: Problem, selected: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return beta, the least size of linear differences, and the inverse of beta.
+
+    Where the loss is L1 that is 0, so that only NaN counts as quadratic, and the inverse is 1: the
+    other elements are 0 there, and 0 times inf would be a NaN that nobody selects but anomaly
+    detection reports.
+    """
+    if problem.beta is None:
+        number, inverse = beta_and_inverse(problem)
+        beta = _as_tensor(number, x)
+        return beta, beta, _as_tensor(1.0 if inverse == math.inf else inverse, x)
+    beta = tensor_beta(problem.beta, x.dtype)
+    if selected is not None:
+        beta = torch.where(selected, beta, 1)
+    is_l1 = beta * _as_tensor(LARGEST[x.dtype], x) < 1  # As in `beta_and_inverse`.
+    return beta, torch.where(is_l1, 0, beta), torch.where(is_l1, 1, beta).reciprocal()
 
 
 def _quotient(value: Tensor, problem: Problem) -> Tensor:

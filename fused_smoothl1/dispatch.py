@@ -4,13 +4,13 @@ import os
 import sys
 import threading
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fused_smoothl1 import composition, eager
+from fused_smoothl1 import eager
 from fused_smoothl1.hooks import (
     is_legacy_batched,
     is_transformed,
@@ -38,13 +38,11 @@ _deciding = threading.RLock()
 
 
 @untraced
-def backend_for(problem: Problem) -> Backend:
-    """Return the backend that computes this problem."""
-    backend = backend_on(problem.input.device)
+def backend_for(input: Tensor) -> Backend:
+    """Return the backend that computes the loss of this input."""
+    backend = backend_on(input.device)
     # Without elements there is nothing to launch a kernel for.
-    if backend is eager or not problem.input.numel():
-        return _eager_for(problem)
-    return backend
+    return backend if input.numel() else eager
 
 
 def backend_on(device: torch.device) -> Backend:
@@ -183,7 +181,7 @@ class _UntilItFails:
             return self.launch.forward(problem, needs, may_be_replayed=may_be_replayed)
         except NoKernelError as obstacle:
             self._give_up(obstacle)
-        return _eager_for(problem).forward(problem, needs)
+        return eager.forward(problem, needs)
 
     @untraced
     def backward(self, problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
@@ -191,7 +189,7 @@ class _UntilItFails:
             return self.launch.backward(problem, upstream, needs)
         except NoKernelError as obstacle:
             self._give_up(obstacle)
-        return _eager_for(problem).backward(problem, upstream, needs)
+        return eager.backward(problem, upstream, needs)
 
     @untraced
     def scale(
@@ -211,7 +209,7 @@ class _UntilItFails:
             return self.launch.recompute(problem, gradients, upstream, needs)
         except NoKernelError as obstacle:
             self._give_up(obstacle)
-        return _eager_for(problem).backward(problem, upstream, needs)
+        return eager.backward(problem, upstream, needs)
 
     def _give_up(self, obstacle: NoKernelError) -> None:
         """Leave all other calls to eager PyTorch too."""
@@ -219,11 +217,6 @@ class _UntilItFails:
             if _backends.get(self.device) is not eager:
                 backend = _instead_of_triton(self.device, obstacle, self.is_required)
                 _backends[self.device] = backend
-
-
-def _eager_for(problem: Problem) -> Backend:
-    """Return what computes a problem in eager PyTorch; with a tensor as beta, the composition."""
-    return eager if problem.beta is None else cast(Backend, composition)
 
 
 def _warn(message: str) -> None:

@@ -1,14 +1,13 @@
 """The backend in eager PyTorch, for the CPU and for whatever Triton cannot serve.
 
 `forward`, `backward`, `scale` and `recompute` do what `problem.Backend` asks for, in few operations
-over whole tensors: each of them costs, in small calls and on busy cores. The divisor may be a
-tensor, but beta is always a number here: the composition takes other problems.
+over whole tensors: each of them costs, in small calls and on busy cores.
 """
 
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from fused_smoothl1.problem import (
     in_range,
     is_mask,
     split_weights,
-    sum_to_weights,
+    sum_to_operands,
+    tensor_beta,
 )
 
 # The gradient of PyTorch's own loss, and how it numbers the reductions.
@@ -43,10 +43,28 @@ MANY = 1 << 17  # From here on it pays to gather selected rows,
 FEW = 1 / 8  # if they are at most this share of all.
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
-# Left, right, inside and outside weights (None is 1), and masks. Left minus right is the weighted
-# difference: they are input and target without weights, conversions or an unusual beta, else that
-# difference, in the compute dtype and 0 where not selected, and a 0-d 0.
-Terms = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Masks]
+# Of beta: a number, or a tensor that broadcasts to the input.
+Value = Tensor | float
+
+
+class Terms(NamedTuple):
+    """What the loss and its gradients are made of.
+
+    Left minus right is the weighted difference: they are input and target without weights,
+    conversions or an unusual beta, else that difference, in the compute dtype and 0 where not
+    selected, and a 0-d 0.
+    """
+
+    left: Tensor
+    right: Tensor
+    inside: Tensor | None
+    """What inside weights multiply by, as `outside` does; None is 1."""
+    outside: Tensor | None
+    beta: Value
+    inverse_beta: Value
+    steepness: Value
+    """What the inverse falls short of infinity by, where the loss is L1; else 1."""
+    masks: Masks
 
 
 def native_loss(problem: Problem) -> Tensor | None:
@@ -55,13 +73,13 @@ def native_loss(problem: Problem) -> Tensor | None:
     None unless the operands are bare, contiguous and of the compute dtype, the divisor is 1 or
     their size, and beta is ordinary; nor for a large sum: its gradient is better made with it.
     """
-    if not (problem.inside is problem.outside is problem.divisor is None):
+    if not (problem.inside is problem.outside is problem.beta is problem.divisor is None):
         return None
     input, target, divisor = problem.input, problem.target, problem.divisor_number
     # (The strides of dimensions of size 1 may be anything.)
     if 1 in input.shape and input.stride() != torch.empty(input.shape, device="meta").stride():
         return None
-    numel, beta = input.numel(), _exact_beta(problem)
+    numel, beta = input.numel(), _exact(beta_and_inverse(problem)[0])
     if not (
         problem.inside_number == problem.outside_number == 1
         and divisor in (1, numel)
@@ -84,17 +102,14 @@ def forward(
     rows = _few_rows(problem)
     if rows is not None:
         return _forward_of_rows(problem, needs, rows)
-    terms = _terms(problem)
-    left, right, _, outside, masks = terms
+    terms = _terms(problem, needs)
     if not problem.reduce:
-        losses = _losses(problem, left, right, outside, masks)
-        return _cast(losses, problem.loss_dtype), NO_GRADIENTS
+        return _cast(_losses(terms, terms.outside), problem.loss_dtype), NO_GRADIENTS
     numel, scale = problem.input.numel(), _scale(problem)
     if numel <= PART:
-        total = _losses(problem, left, right, outside, masks).sum()
+        total = _losses(terms, terms.outside).sum()
     else:
-        parts = _parts(problem, left, right, outside, *masks)
-        sums = [_losses(problem, a, b, c, rest).sum() for a, b, c, *rest in parts]
+        sums = [_losses(part, part.outside).sum() for part in _parts(problem, terms)]
         total = torch.stack(sums).sum()
     # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
     if scale is not None and numel:
@@ -104,13 +119,12 @@ def forward(
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    terms, scale = _terms(problem), _cast(upstream, problem.compute_dtype)
+    terms, scale = _terms(problem, needs), _cast(upstream, problem.compute_dtype)
     if (of_sum := _scale(problem)) is not None:
         scale = scale * of_sum
-    left, right, *_, masks = terms
-    grad_outside = _losses(problem, left, right, scale, masks) if needs[3] else None
+    grad_outside = _losses(terms, scale) if needs[3] else None
     gradients = _gradients(problem, terms, scale, needs)
-    return sum_to_weights(problem, (*gradients[:3], grad_outside))
+    return sum_to_operands(problem, (*gradients[:3], grad_outside, gradients[4]))
 
 
 def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
@@ -130,9 +144,10 @@ def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: N
     return backward(problem, upstream, needs)
 
 
-def _exact_beta(problem: Problem) -> float | None:
-    """Return beta if PyTorch's own loss keeps the contract for it, else None."""
-    beta, _ = beta_and_inverse(problem)
+def _exact(beta: Value) -> float | None:
+    """Return beta if it is a number for which PyTorch's own loss keeps the contract, else None."""
+    if isinstance(beta, Tensor):
+        return None
     return beta if beta == 0 or LEAST_BETA <= beta <= MOST_BETA else None
 
 
@@ -161,7 +176,9 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
     losses: list[Tensor] = []
     for batch in rows.split(max(ALONE * len(input) // input.numel(), 1)):
         operands: Any = (
-            None if operand is None else operand.expand_as(input).index_select(0, batch)
+            operand
+            if operand is None or operand.numel() == 1
+            else operand.expand_as(input).index_select(0, batch)
             for operand in problem[:OPERANDS]
         )
         loss, gradients = forward(Problem._make((*operands, *problem[OPERANDS:])), needs)
@@ -169,19 +186,41 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
         for whole, part in zip((grad_input, grad_target), gradients[:2], strict=True):
             if whole is not None and part is not None:
                 whole.index_copy_(0, batch, part)
-    return torch.stack(losses).sum(), (grad_input, grad_target, None, None)
+    return torch.stack(losses).sum(), (grad_input, grad_target, None, None, None)
 
 
-def _terms(problem: Problem) -> Terms:
+def _terms(problem: Problem, needs: Needs) -> Terms:
     masks, inside, outside = split_weights(problem, lambda number: _as_tensor(problem, number))
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
+    beta, inverse_beta, steepness = _transition(problem, needs)
     is_bare = inside is outside is None and not masks and left.dtype == right.dtype == dtype
-    if not (is_bare and _exact_beta(problem)):
+    if not (is_bare and _exact(beta)):
         left, right = _difference(problem), _as_tensor(problem, 0.0)
         if inside is not None:
             left.mul_(inside)
         _exclude(left, masks)
-    return left, right, inside, outside, masks
+    return Terms(left, right, inside, outside, beta, inverse_beta, steepness, masks)
+
+
+def _transition(problem: Problem, needs: Needs) -> tuple[Value, Value, Value]:
+    """Return beta, and two factors of its inverse, in the compute dtype if they are tensors.
+
+    Where the loss is L1 the inverse would be infinite, and 0 times inf is NaN. The two make at
+    least 1 of every number but 0, and a clamp makes 1 of that.
+    """
+    beta, info = problem.beta, torch.finfo(problem.compute_dtype)
+    if beta is not None and beta.is_cpu and not beta.dim() and not needs[4]:
+        # A single number of a CPU need not be waited for. One that is not allowed stays a tensor.
+        number = beta.item()
+        if 0 <= number < math.inf:
+            beta, problem = None, problem._replace(beta=None, beta_number=number)
+    if beta is None:
+        number, inverse = beta_and_inverse(problem)
+        return (number, inverse, 1.0) if number else (0.0, 1 / info.tiny, 1 / info.eps)
+    beta = tensor_beta(beta, problem.compute_dtype)
+    is_l1 = beta * info.max < 1  # As in `beta_and_inverse`.
+    inverses = torch.where(is_l1, 1 / info.tiny, beta.reciprocal())
+    return beta, inverses, torch.where(is_l1, 1 / info.eps, 1)
 
 
 def _difference(problem: Problem) -> Tensor:
@@ -192,33 +231,35 @@ def _difference(problem: Problem) -> Tensor:
     return difference.copy_(problem.input).sub_(problem.target)
 
 
-def _parts(problem: Problem, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Split those tensors that have rows into parts of about `PART` elements."""
+def _parts(problem: Problem, terms: Terms) -> Iterator[Terms]:
+    """Split those terms that have rows into parts of about `PART` elements."""
     input = problem.input
     step = max(PART * len(input) // input.numel(), 1)
 
-    def has_rows(tensor: Tensor) -> bool:
-        return tensor.dim() == input.dim() and len(tensor) == len(input)
+    def part(term: Any, rows: slice) -> Any:
+        if isinstance(term, list):
+            return [part(mask, rows) for mask in term]
+        if not isinstance(term, Tensor) or term.dim() < input.dim() or len(term) < len(input):
+            return term
+        return term[rows]
 
     for start in range(0, len(input), step):
-        rows = slice(start, start + step)
-        yield tuple(t if t is None or not has_rows(t) else t[rows] for t in tensors)
+        yield Terms._make(part(term, slice(start, start + step)) for term in terms)
 
 
-def _losses(
-    problem: Problem, left: Tensor, right: Tensor, weights: Tensor | None, masks: Masks
-) -> Tensor:
+def _losses(terms: Terms, weights: Tensor | None) -> Tensor:
     """Return the losses of the elements times these weights; what is not selected has 0."""
-    losses, exact_beta = torch.empty_like(left), _exact_beta(problem)
+    left, beta = terms.left, terms.beta
+    losses, exact_beta = torch.empty_like(left), _exact(beta)
     if exact_beta is not None:
-        torch_smooth_l1(left, right, NONE, exact_beta, out=losses)
+        torch_smooth_l1(left, terms.right, NONE, exact_beta, out=losses)
     else:  # The slope times (x - clamp(x) / 2), where nothing is squared.
-        beta, inverse_beta = beta_and_inverse(problem)
-        slopes = (left * inverse_beta).clamp_(-1, 1)
-        torch.clamp(left, -beta, beta, out=losses).mul_(-0.5).add_(left).mul_(slopes)
+        slopes, bound = (left * terms.inverse_beta).clamp_(-1, 1), cast(Any, beta)
+        torch.clamp(left, -bound, bound, out=losses).mul_(-0.5).add_(left).mul_(slopes)
     if weights is not None:
         losses.mul_(weights)
-        _exclude(losses, masks)
+    if weights is not None or isinstance(beta, Tensor):
+        _exclude(losses, terms.masks)
     return losses
 
 
@@ -235,36 +276,40 @@ def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Need
 
     A weighted difference among the terms is overwritten.
     """
-    left, right, inside, outside, masks = terms
-    beta, inverse_beta = beta_and_inverse(problem)
-    grad_input = grad_target = grad_inside = None
+    left, right, inside, outside, beta, inverse_beta, steepness, masks = terms
+    grad_input = grad_target = grad_inside = grad_beta = None
     if right is problem.target:
         gradient = torch.empty_like(left)
         upstream = _as_tensor(problem, 1.0) if scale is None else scale
         smooth_l1_gradient(upstream, left, right, NONE, beta, grad_input=gradient)
     else:
-        if beta == 0:  # The clamp turns every number but 0 into 1 or -1 then.
-            left.div_(torch.finfo(left.dtype).tiny)
-            inverse_beta = 1 / torch.finfo(left.dtype).eps
-        if beta != 1:
-            left.mul_(inverse_beta)
+        for factor in (inverse_beta, steepness):
+            if isinstance(factor, Tensor) or factor != 1:
+                left.mul_(factor)
         gradient = left.clamp_(-1, 1)
+        if needs[4] and isinstance(beta, Tensor):
+            # (At 0 with beta 0 the loss is linear, though its slope is 0.)
+            is_linear_at_0 = (gradient == 0).logical_and_(beta == 0)
+            grad_beta = gradient.square().masked_fill_(is_linear_at_0, 1).mul_(-0.5)
         for weights in (scale, outside):
-            if weights is not None:
-                gradient.mul_(weights)
+            for product in (gradient, grad_beta):
+                if weights is not None and product is not None:
+                    product.mul_(weights)
+        if grad_beta is not None:
+            _exclude(grad_beta, masks)
     if needs[2]:
         grad_inside = _difference(problem).mul_(gradient)
         _exclude(grad_inside, masks)
     if inside is not None:
         gradient.mul_(inside)
-    if masks and not all(map(_is_known_to_be_finite, (scale, outside, inside))):
+    if masks and not all(map(_is_known_to_be_finite, (scale, outside, inside, inverse_beta))):
         _exclude(gradient, masks)
     if needs[0]:
         grad_input = _cast(gradient, problem.input.dtype)
     if needs[1]:
         negative = torch.neg(gradient, out=torch.empty_like(gradient) if needs[0] else gradient)
         grad_target = _cast(negative, problem.target.dtype)
-    return grad_input, grad_target, grad_inside, None
+    return grad_input, grad_target, grad_inside, None, grad_beta
 
 
 def _exclude(values: Tensor, masks: Masks) -> None:
@@ -276,9 +321,11 @@ def _exclude(values: Tensor, masks: Masks) -> None:
         values.view(INTEGERS[values.dtype]).mul_(mask)
 
 
-def _is_known_to_be_finite(value: Tensor | None) -> bool:
+def _is_known_to_be_finite(value: Value | None) -> bool:
     """Whether a product with it leaves 0 at 0, as far as one can tell without waiting."""
-    return value is None or (value.is_cpu and not value.dim() and math.isfinite(value.item()))
+    if not isinstance(value, Tensor):
+        return True
+    return value.is_cpu and not value.dim() and math.isfinite(value.item())
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

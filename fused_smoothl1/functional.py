@@ -15,25 +15,34 @@ from fused_smoothl1 import eager, ops
 from fused_smoothl1.autograd import apply
 from fused_smoothl1.dispatch import backend_for, is_eager, is_plain
 from fused_smoothl1.hooks import SYMBOLS, is_static, may_hold, traced_as_constant
-from fused_smoothl1.problem import FLOAT_DTYPES, MASK_DTYPES, NO_NEEDS, OPERANDS, make_problem
+from fused_smoothl1.problem import (
+    FLOAT_DTYPES,
+    LARGEST,
+    MASK_DTYPES,
+    NO_NEEDS,
+    OPERANDS,
+    make_problem,
+    nan_unless,
+)
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 WEIGHT_DTYPES = FLOAT_DTYPES + INTEGER_DTYPES + MASK_DTYPES
 
-Weights = Tensor | float | None
+# What weights, sigma, beta and normalizer may be.
+Value = Tensor | float | None
 
 
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
-    inside_weights: Weights = None,
-    outside_weights: Weights = None,
+    inside_weights: Value = None,
+    outside_weights: Value = None,
     *,
-    sigma: float | None = None,
-    beta: float | None = None,
+    sigma: Value = None,
+    beta: Value = None,
     reduction: str = "mean",
-    normalizer: Tensor | float | None = None,
+    normalizer: Value = None,
 ) -> Tensor:
     r"""Weighted Smooth L1 loss, the box regression of Faster R-CNN, in one pass over the operands.
 
@@ -53,7 +62,8 @@ def smooth_l1_loss(
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
     PyTorch gives the same result, to rounding; on a GPU that Triton cannot serve, or where Triton
     is missing or broken, too, with one ``RuntimeWarning``. Numbers are not compiled into the
-    kernel: new values cost nothing, except one recompilation by ``torch.compile`` at the second.
+    kernel: new values cost nothing, except one recompilation by ``torch.compile`` at the second;
+    those of tensors not even that.
 
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
@@ -65,9 +75,14 @@ def smooth_l1_loss(
             element that is not selected, even NaN or inf, has exactly 0 loss and 0 gradient.
         outside_weights: multiply the loss; otherwise like ``inside_weights``. An element takes part
             if every mask given selects it.
-        sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
+        sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``. A number, or a tensor like ``beta``,
+            which is made of it in a few small operations.
         beta: in [0, inf): where the quadratic part ends, in the unit of the weighted difference.
-            0 is L1, with gradient 0 at 0. With neither ``sigma`` nor ``beta``, 1.
+            0 is L1, with gradient 0 at 0. A number, or a tensor of any float dtype that broadcasts
+            to the input's shape, on its device, whose values the host never waits for: one for all
+            (0-d), or one for each sample, channel or element. Where a value of the tensor is not
+            allowed, loss and gradients of the element are NaN; a number raises. With neither
+            ``sigma`` nor ``beta``, 1.
         reduction: ``"none"``: the loss of every element. ``"sum"``. ``"mean"``: the sum divided by
             the number of elements, selected or not. ``"batchmean"``: the sum divided by
             ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in PyTorch).
@@ -81,16 +96,17 @@ def smooth_l1_loss(
         operands promote. Reduced, an empty input gives 0, connected to the graph.
 
     Gradients:
-        For input, target and both weights, where they require one: in their own dtype and shape,
-        of any order. Arithmetic and sums are in float32 (float64 if any operand is
-        float64), and float16 gradients are rounded once, after the upstream gradient has been
-        multiplied in, so that a gradient scaler works as it should. If an operand is modified in
-        place after the forward pass, a backward pass that needs it again raises, as everywhere in
-        PyTorch; one that does not is right.
+        For input, target, both weights and ``beta`` or ``sigma``, where they require one: in their
+        own dtype and shape, of any order. That of ``beta`` is outside times
+        :math:`-0.5\, (x / \beta)^2` if :math:`|x| < \beta`, else outside times -0.5. Arithmetic and
+        sums are in float32 (float64 if any operand is float64), and float16 gradients are rounded
+        once, after the upstream gradient has been multiplied in, so that a gradient scaler works as
+        it should. If an operand is modified in place after the forward pass, a backward pass that
+        needs it again raises, as everywhere in PyTorch; one that does not is right.
 
     Raises:
         TypeError: if input or target is no tensor or has another dtype; if weights, ``sigma``,
-            ``beta`` or ``normalizer`` are neither a real number nor a tensor where one is allowed.
+            ``beta`` or ``normalizer`` are neither a real number nor a tensor of an allowed dtype.
         ValueError: if shapes, devices or values do not fit, ``reduction`` is unknown, or both
             ``sigma`` and ``beta``, or ``normalizer`` without ``"sum"``, are given.
         RuntimeError: if ``FUSED_SMOOTHL1_BACKEND=triton`` asks for what cannot be had; it says why.
@@ -111,7 +127,7 @@ def smooth_l1_loss(
         ... )
         >>> loss.backward()
     """
-    tensors = (input, target, inside_weights, outside_weights, normalizer)
+    tensors = (input, target, inside_weights, outside_weights, sigma, beta, normalizer)
     # Like PyTorch's own functions: torch.fx records this call, and a subclass may override it.
     if has_torch_function(tensors):
         options: Any = {"sigma": sigma, "beta": beta, "reduction": reduction}
@@ -126,25 +142,27 @@ def smooth_l1_loss(
         )
     inside, inside_number = _weights("inside_weights", inside_weights, input)
     outside, outside_number = _weights("outside_weights", outside_weights, input)
+    transition, sigma_number, beta_number = _transition(sigma, beta, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
-    sigma_number, beta_number = _sigma_and_beta(sigma, beta)
     problem = make_problem(
         input,
         target,
         inside,
         outside,
+        transition,
         divisor,
-        None,
         inside_number,
         outside_number,
-        divisor_number,
         beta_number,
+        divisor_number,
         reduction != "none",
     )
+    if transition is not None and sigma is not None:
+        problem = problem._replace(beta=_beta_of(transition, problem.compute_dtype))
     if not is_plain(problem):
         _load_sharding(input.device)
         return ops.loss(problem, sigma_number)
-    backend = backend_for(problem)
+    backend = backend_for(input)
     if backend is eager and (native := eager.native_loss(problem)) is not None:
         return native
     loss: Tensor
@@ -162,9 +180,9 @@ def _load_sharding(device: torch.device) -> None:
         import_module("fused_smoothl1.sharding")
 
 
-def check_options(sigma: float | None, beta: float | None, reduction: str) -> None:
-    """Raise what `smooth_l1_loss` would raise for these options."""
-    _sigma_and_beta(sigma, beta)
+def check_options(sigma: Value, beta: Value, reduction: str) -> None:
+    """Raise what `smooth_l1_loss` would raise for these options, whatever the input is."""
+    _transition(sigma, beta)
     _check_reduction(reduction)
 
 
@@ -210,13 +228,17 @@ def _weights(name: str, weights: Any, input: Tensor) -> tuple[Tensor | None, flo
             + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
         )
     _check_tensor(name, weights, WEIGHT_DTYPES, input)
-    if not _broadcasts(weights.shape, input.shape):
-        shape, full = tuple(weights.shape), tuple(input.shape)
+    _check_broadcasts(name, weights, input)
+    return weights, 1.0
+
+
+def _check_broadcasts(name: str, value: Tensor, input: Tensor) -> None:
+    if not _broadcasts(value.shape, input.shape):
+        shape, full = tuple(value.shape), tuple(input.shape)
         raise ValueError(
             f"{name} must broadcast to input's shape {full}, got shape {shape}"
-            + (f"; for one weight a row pass {name}[:, None]" if shape == full[:1] else "")
+            + (f"; for one value a row pass {name}[:, None]" if shape == full[:1] else "")
         )
-    return weights, 1.0
 
 
 def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
@@ -247,24 +269,43 @@ def _equal(size: int, other: int) -> bool:
     return equal
 
 
-def _sigma_and_beta(sigma: float | None, beta: float | None) -> tuple[float | None, float]:
-    """Return sigma, or None without one, and beta."""
+def _transition(
+    sigma: Value, beta: Value, input: Tensor | None = None
+) -> tuple[Tensor | None, float | None, float]:
+    """Return the tensor that was given, or None, and the numbers sigma, None without, and beta."""
     if sigma is not None and beta is not None:
-        raise ValueError(
-            f"at most one of sigma and beta may be given, got sigma={sigma} and beta={beta}: "
-            "beta is 1 / sigma ** 2"
+        given = " and ".join(
+            f"{name}={_kind(value) if isinstance(value, Tensor) else value}"
+            for name, value in (("sigma", sigma), ("beta", beta))
         )
+        raise ValueError(
+            f"at most one of sigma and beta may be given, got {given}: beta is 1 / sigma ** 2"
+        )
+    for name, value in (("sigma", sigma), ("beta", beta)):
+        if isinstance(value, Tensor):
+            _check_tensor(name, value, FLOAT_DTYPES, input)
+            if input is not None:
+                _check_broadcasts(name, value, input)
+            return value, None, 1.0
+    alternative = " or a torch.Tensor"
     if sigma is not None:
-        number = _number("sigma", sigma)
+        number = _number("sigma", sigma, alternative)
         if not may_hold(number > 0):
             raise ValueError(f"sigma must be in (0, inf], got {sigma}")
-        return number, 1.0 / number / number
+        return None, number, 1.0 / number / number
     if beta is not None:
-        number = _number("beta", beta)
+        number = _number("beta", beta, alternative)
         if not (may_hold(number >= 0) and may_hold(number < math.inf)):
             raise ValueError(f"beta must be in [0, inf), got {beta}")
-        return None, number
-    return None, 1.0
+        return None, None, number
+    return None, None, 1.0
+
+
+def _beta_of(sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return beta in this dtype: 1 / sigma², and NaN where sigma is not in (0, inf]."""
+    sigma = sigma.to(dtype)
+    # Squared last and kept finite: sigma may be inf, or have a square that underflows.
+    return nan_unless(sigma > 0, sigma.reciprocal().square().clamp(max=LARGEST[dtype]))
 
 
 def _number(name: str, value: Any, alternative: str = "") -> float:

@@ -22,12 +22,13 @@ next launch on the stream.
 import triton
 import triton.language as tl
 
-# Where each operand stands in the kernel's tuples; the gradients are those of the first four.
+# Where each operand stands in the kernel's tuples; the gradients are those of the first five.
 INPUT = tl.constexpr(0)
 TARGET = tl.constexpr(1)
 INSIDE = tl.constexpr(2)
 OUTSIDE = tl.constexpr(3)
-UPSTREAM = tl.constexpr(4)
+BETA = tl.constexpr(4)
+UPSTREAM = tl.constexpr(5)
 # How many partial sums the last program adds at a time.
 PARTIALS = tl.constexpr(1024)
 
@@ -39,6 +40,18 @@ def _clamp(x, bound):
         return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
     else:
         return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _transition(beta, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Return a beta that was loaded, and its inverse as computed in DTYPE.
+
+    Both are NaN where beta is not in [0, inf).
+    """
+    beta = beta.to(DTYPE)
+    # (The absolute value, because the inverse of -0 would be -inf.)
+    beta = tl.where((beta >= 0) & (beta < float("inf")), tl.abs(beta), float("nan"))
+    return beta.to(COMPUTE), (1 / beta).to(COMPUTE)
 
 
 @triton.jit
@@ -180,7 +193,6 @@ def _store(ptr, index, values, selected, within):
 def smooth_l1_kernel(
     operands,
     divisor_ptr,
-    beta_ptr,
     loss_ptr,
     gradients,
     partials_ptr,
@@ -208,14 +220,14 @@ def smooth_l1_kernel(
     Elements are numbered in the order in which the outputs lie in memory. What is None is absent,
     and the code for it is not compiled.
 
-    operands:      pointers in the order INPUT, TARGET, INSIDE, OUTSIDE, UPSTREAM: input and target
-                   of any float dtype and of the input's shape; weights of any real dtype and the
-                   upstream gradient of any float dtype, that broadcast to it by strides of 0.
-                   Absent weights are their numbers, an absent upstream gradient is 1
+    operands:      pointers in the order INPUT, TARGET, INSIDE, OUTSIDE, BETA, UPSTREAM: input and
+                   target of any float dtype and of the input's shape; weights of any real dtype,
+                   beta and the upstream gradient of any float dtype, that broadcast to it by
+                   strides of 0. Absent weights and beta are their numbers, an absent upstream
+                   gradient is 1. Where beta is not in [0, inf), loss and gradients are NaN
     gradients:     pointers in the same order, [numel] each, any float dtype; None: not wanted
     loss_ptr:      any float dtype; REDUCE: one element, otherwise [numel]; None: not wanted
     divisor_ptr:   any real dtype, one element; None: `scale` is used
-    beta_ptr:      any float dtype, one element, in [0, inf); None: `beta` is used
     partials_ptr:  float64 [programs], workspace; None: one program only
     ticket_ptr:    int32, one element, 0 before and after; None: one program only
     sizes:         collapsed dimensions, outermost first, the innermost in groups of lanes where
@@ -224,7 +236,8 @@ def smooth_l1_kernel(
     numel:         elements of the input
     inside_number, outside_number: the weights where there are no operands for them
     scale:         what the sum is multiplied by, 1 / divisor
-    beta, inverse_beta: where the quadratic part ends, in [0, inf), and 1 / beta
+    beta, inverse_beta: where the quadratic part ends, in [0, inf), and 1 / beta, where there is no
+                   operand for it
     ACCESS:        how to reach each operand: "scalar" one element for all; "flat" dense in the
                    order of iteration; "row" one element per group; "vector" groups contiguous and
                    aligned; "strided" anything else; None: absent
@@ -239,13 +252,12 @@ def smooth_l1_kernel(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    if beta_ptr is None:
+    if ACCESS[BETA] == "scalar":
+        # In float64, for the same bits as with a number.
+        beta, inverse_beta = _transition(tl.load(operands[BETA]), tl.float64, COMPUTE)
+    else:
         beta = tl.full((), beta, COMPUTE)
         inverse_beta = tl.full((), inverse_beta, COMPUTE)
-    else:
-        exact = tl.load(beta_ptr).to(tl.float64)
-        beta = exact.to(COMPUTE)
-        inverse_beta = (1 / exact).to(COMPUTE)
     one = tl.full((), 1, COMPUTE)
     upstream = one
     if ACCESS[UPSTREAM] == "scalar":
@@ -289,9 +301,16 @@ def smooth_l1_kernel(
             difference = input.to(COMPUTE) - target.to(COMPUTE)
             x = inside * difference
 
+            if ACCESS[BETA] is None or ACCESS[BETA] == "scalar":
+                end, inverse = beta, inverse_beta
+            else:
+                end = _load(operands, strides, ACCESS, BETA, sizes, group, lane, mask, ALIGNED)
+                end, inverse = _transition(end, COMPUTE, COMPUTE)
+
             # The formula. At 0 with beta 0 the product would be 0 times inf.
-            slope = tl.where(x == 0, 0.0, _clamp(x * inverse_beta, one))
-            loss = slope * (x - 0.5 * _clamp(x, beta))
+            at_0 = 0.0 if ACCESS[BETA] is None else 0 * end  # NaN where beta is.
+            slope = tl.where(x == 0, at_0, _clamp(x * inverse, one))
+            loss = slope * (x - 0.5 * _clamp(x, end))
 
             if ACCESS[UPSTREAM] is None or ACCESS[UPSTREAM] == "scalar":
                 own_scale = common_scale
@@ -306,6 +325,11 @@ def smooth_l1_kernel(
             _store(gradients[TARGET], index, -(grad_x * inside), selected, within)
             _store(gradients[INSIDE], index, grad_x * difference, selected, within)
             _store(gradients[OUTSIDE], index, own_scale * loss, selected, within)
+            if gradients[BETA] is not None:
+                # (At 0 with beta 0 the loss is linear, though its slope is 0.)
+                square = tl.where(x == 0, tl.where(end == 0, 1.0, at_0), slope * slope)
+                grad_beta = -0.5 * square * outside * own_scale
+                _store(gradients[BETA], index, grad_beta, selected, within)
             if REDUCE:
                 total += tl.where(selected, outside * loss, 0.0)
             else:

@@ -37,7 +37,7 @@ from fused_smoothl1.problem import (
     beta_and_inverse,
     empty_gradients,
     empty_loss,
-    sum_to_weights,
+    sum_to_operands,
 )
 
 INTERPRETED = not isinstance(smooth_l1_kernel, triton.JITFunction)
@@ -55,10 +55,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 MULTIPLY_BELOW = 1 << 20
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 INDEX_DTYPES = (tl.int32, tl.int64)
-# Of all pointers of the kernel: it walks through the operands and the upstream gradient; divisor,
-# beta and loss follow, then the gradients, then the workspace.
+# Of all pointers of the kernel: it walks through the operands and the upstream gradient; divisor
+# and loss follow, then the gradients, then the workspace.
 WALKED = OPERANDS + 1
-GRADIENTS = WALKED + 3
+GRADIENTS = WALKED + 2
 WORKSPACE = GRADIENTS + OPERANDS
 
 
@@ -106,7 +106,7 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient, in one launch."""
     gradients = empty_gradients(problem, needs)
     _launch(problem, upstream, None, gradients)
-    return sum_to_weights(problem, gradients)
+    return sum_to_operands(problem, gradients)
 
 
 def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:

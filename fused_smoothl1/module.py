@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fused_smoothl1.functional import Weights, check_options, smooth_l1_loss
+from fused_smoothl1.functional import Value, check_options, smooth_l1_loss
 
 
 class SmoothL1Loss(nn.Module):
@@ -10,31 +10,37 @@ class SmoothL1Loss(nn.Module):
 
     Args:
         sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
-        beta: in [0, inf); at most one of ``sigma`` and ``beta`` is given, neither means 1.
+        beta: in [0, inf); at most one of ``sigma`` and ``beta`` is given, neither means 1. A tensor
+            is kept as a buffer, a parameter as a parameter: both move with the module and are in
+            its ``state_dict``.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
 
     Raises:
-        TypeError: if ``sigma`` or ``beta`` is not a real number.
+        TypeError: if ``sigma`` or ``beta`` is neither a real number nor a tensor of a float dtype.
         ValueError: if an option has a value that is not allowed, or both are given.
     """
 
-    def __init__(
-        self, *, sigma: float | None = None, beta: float | None = None, reduction: str = "mean"
-    ) -> None:
+    sigma: Value
+    beta: Value
+
+    def __init__(self, *, sigma: Value = None, beta: Value = None, reduction: str = "mean") -> None:
         """Check and keep the options."""
         super().__init__()
         check_options(sigma, beta, reduction)
-        self.sigma = sigma
-        self.beta = beta
+        for name, value in (("sigma", sigma), ("beta", beta)):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
         self.reduction = reduction
 
     def forward(
         self,
         input: Tensor,
         target: Tensor,
-        inside_weights: Weights = None,
-        outside_weights: Weights = None,
-        normalizer: Tensor | float | None = None,
+        inside_weights: Value = None,
+        outside_weights: Value = None,
+        normalizer: Value = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :func:`fused_smoothl1.smooth_l1_loss`."""
         return smooth_l1_loss(
@@ -49,8 +55,12 @@ class SmoothL1Loss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return the options that were given."""
+        """Return the options that were given; of tensors the shape, as values may be on a GPU."""
         options = {"sigma": self.sigma, "beta": self.beta, "reduction": self.reduction}
         return ", ".join(
-            f"{name}={value!r}" for name, value in options.items() if value is not None
+            f"{name}=tensor of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"{name}={value!r}"
+            for name, value in options.items()
+            if value is not None
         )

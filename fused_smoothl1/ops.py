@@ -32,7 +32,7 @@ from fused_smoothl1.problem import (
     empty_gradients,
     empty_loss,
     gradient_in_forward,
-    sum_to_weights,
+    sum_to_operands,
 )
 
 # The types of a problem's fields in a schema.
@@ -95,15 +95,15 @@ def _without_symbols(problem: Problem, sigma: float | None) -> Problem:
         if not is_static(number):
             # (With new_ones, the product would be compiled for every value under torch.vmap.)
             one: Any = torch.ones((), dtype=problem.compute_dtype, device=problem.input.device)
-            fields[tensor], fields[tensor + TO_NUMBER] = one * number, 1.0
-            if tensor == BETA and sigma is not None:
-                # PyTorch 2.11 compiles a quotient of symbols for every value.
-                fields[tensor] = one / sigma / sigma
-    problem = Problem(*fields)
-    if problem.beta is None:
-        return problem
-    # Make it finite, as `beta_and_inverse` does.
-    return problem._replace(beta=problem.beta.clamp(max=LARGEST[problem.compute_dtype]))
+            value = one * number
+            if tensor == BETA:
+                if sigma is not None:
+                    # PyTorch 2.11 compiles a quotient of symbols for every value.
+                    value = one / sigma / sigma
+                # Make it finite, as `beta_and_inverse` does.
+                value = value.clamp(max=LARGEST[problem.compute_dtype])
+            fields[tensor], fields[tensor + TO_NUMBER] = value, 1.0
+    return Problem(*fields)
 
 
 class _Shapes:
@@ -117,18 +117,13 @@ class _Shapes:
 
     @staticmethod
     def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
-        return sum_to_weights(problem, empty_gradients(problem, needs))
+        return sum_to_operands(problem, empty_gradients(problem, needs))
 
 
 def _run(*arguments: Any) -> Results:
     """Return an operator's results from the backend."""
     problem = Problem(*arguments[-OPERANDS - FIELDS : -OPERANDS])
-    results = _results(arguments, backend_for(problem))
-    if problem.beta is not None and is_eager(problem.input.device):
-        # The composition gave them, in memory formats of its own: a compiled graph relies on these.
-        promised = _results(arguments, _Shapes)
-        results = tuple(p.copy_(r) for p, r in zip(promised, results, strict=True))
-    return results
+    return _results(arguments, backend_for(problem.input))
 
 
 def _results(arguments: tuple[Any, ...], backend: Any) -> Results:
@@ -180,7 +175,7 @@ class _Differentiable(torch.autograd.Function):
         ):
             # In the wider dtype: a product of 16 bits and float32 may round the latter first.
             products = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in saved)
-            gradients = (*products, None, None)
+            gradients = (*products, *[None] * (OPERANDS - 2))
         else:
             gradients = BACKWARD(upstream, *arguments[:-OPERANDS], *needs)
         rest = (None for _ in needed[OPERANDS:])

@@ -12,12 +12,12 @@ from typing import Final, NamedTuple, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-# Which of (input, target, inside weights, outside weights) need a gradient.
-Needs = tuple[bool, bool, bool, bool]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# Which of (input, target, inside weights, outside weights, beta) need a gradient.
+Needs = tuple[bool, bool, bool, bool, bool]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-NO_NEEDS: Needs = (False, False, False, False)
-NO_GRADIENTS: Gradients = (None, None, None, None)
+NO_NEEDS: Needs = (False, False, False, False, False)
+NO_GRADIENTS: Gradients = (None, None, None, None, None)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASK_DTYPES = (torch.bool, torch.uint8)
 # For each dtype of arithmetic: the dtypes that have its range, and its largest finite number.
@@ -28,7 +28,7 @@ FULL_RANGE = {
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 # The first OPERANDS fields of a problem may need gradients, and the first TENSORS are tensors. The
 # number that may stand for a tensor is TO_NUMBER fields behind it.
-OPERANDS: Final = 4
+OPERANDS: Final = 5
 TENSORS: Final = 6
 TO_NUMBER: Final = 4
 
@@ -44,14 +44,17 @@ class Problem(NamedTuple):
     """Any real dtype, broadcasts to the input; one of `MASK_DTYPES` selects elements."""
     outside: Tensor | None
     """Like `inside`."""
+    beta: Tensor | None
+    """Where the quadratic part ends: any float dtype, broadcasts to the input.
+
+    0 is L1, and where it is not in [0, inf), loss and gradients are NaN.
+    """
     divisor: Tensor | None
     """One element that stays on its device: what the sum is divided by."""
-    beta: Tensor | None
-    """One element that stays on its device: where the quadratic part ends; 0 is L1."""
     inside_number: float
     outside_number: float
-    divisor_number: float
     beta_number: float
+    divisor_number: float
     compute_dtype: torch.dtype
     """The dtype of arithmetic and accumulation: float64 where any operand is, else float32."""
     loss_dtype: torch.dtype
@@ -70,18 +73,18 @@ def make_problem(
     target: Tensor,
     inside: Tensor | None = None,
     outside: Tensor | None = None,
-    divisor: Tensor | None = None,
     beta: Tensor | None = None,
+    divisor: Tensor | None = None,
     inside_number: float = 1.0,
     outside_number: float = 1.0,
-    divisor_number: float = 1.0,
     beta_number: float = 1.0,
+    divisor_number: float = 1.0,
     reduce: bool = True,
 ) -> Problem:
     """Return the problem with the dtypes that its operands lead to."""
     # As torch.promote_types, which would add an operation of its own to a traced graph.
     promoted, has_masks = input.dtype, False
-    for operand in (target, inside, outside):
+    for operand in (target, inside, outside, beta):
         if operand is not None and operand.dtype != promoted:
             has_masks = has_masks or operand.dtype in MASK_DTYPES
             if operand.dtype == torch.float64 or promoted == torch.float64:
@@ -94,12 +97,12 @@ def make_problem(
         target,
         inside,
         outside,
-        divisor,
         beta,
+        divisor,
         inside_number,
         outside_number,
-        divisor_number,
         beta_number,
+        divisor_number,
         compute_dtype,
         compute_dtype if reduce else promoted,
         reduce,
@@ -157,14 +160,14 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     """Whether the forward pass may compute the gradients for an upstream gradient of 1.
 
     Not in a dtype of narrower range than the arithmetic's: float16 gradients underflow unless the
-    upstream gradient of a loss scaler is already in them. Not for weights: their gradients need
-    temporaries and are summed to another shape.
+    upstream gradient of a loss scaler is already in them. Not for weights and beta: their gradients
+    need temporaries and are summed to another shape.
     """
-    needs_input, needs_target, needs_inside, needs_outside = needs
+    needs_input, needs_target, *needs_others = needs
     wide = FULL_RANGE[problem.compute_dtype]
     return (
         problem.reduce
-        and not (needs_inside or needs_outside)
+        and not any(needs_others)
         and (not needs_input or problem.input.dtype in wide)
         and (not needs_target or problem.target.dtype in wide)
     )
@@ -178,6 +181,20 @@ def beta_and_inverse(problem: Problem) -> tuple[float, float]:
     beta, largest = problem.beta_number, LARGEST[problem.compute_dtype]
     # No difference lies beyond the largest number either.
     return (min(beta, largest), 1.0 / beta) if beta * largest >= 1.0 else (0.0, math.inf)
+
+
+def tensor_beta(beta: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return beta in the dtype of arithmetic, and NaN where it is not in [0, inf)."""
+    beta = beta.to(dtype)
+    return nan_unless((beta >= 0) & (beta < math.inf), beta)
+
+
+def nan_unless(condition: Tensor, values: Tensor) -> Tensor:
+    """Return the values, and NaN where the condition does not hold.
+
+    NaN is added to them: if it took their place, they would get a gradient of 0.
+    """
+    return values + torch.zeros_like(values).masked_fill(~condition, math.nan)
 
 
 def in_range(number: float, dtype: torch.dtype) -> float:
@@ -219,7 +236,8 @@ def empty_loss(problem: Problem) -> Tensor:
 def empty_gradients(problem: Problem, needs: Needs) -> Gradients:
     """Allocate the needed gradients, all of the input's shape and memory format.
 
-    Those of weights have the compute dtype, as they must not be rounded before they are summed.
+    Those of weights and beta have the compute dtype, as they must not be rounded before they are
+    summed.
     """
     input, dtype = problem.input, problem.compute_dtype
     return (
@@ -227,16 +245,17 @@ def empty_gradients(problem: Problem, needs: Needs) -> Gradients:
         torch.empty_like(input, dtype=problem.target.dtype) if needs[1] else None,
         torch.empty_like(input, dtype=dtype) if needs[2] else None,
         torch.empty_like(input, dtype=dtype) if needs[3] else None,
+        torch.empty_like(input, dtype=dtype) if needs[4] else None,
     )
 
 
-def sum_to_weights(problem: Problem, gradients: Gradients) -> Gradients:
-    """Sum full-size gradients of broadcast weights to the shape and dtype of the weights."""
+def sum_to_operands(problem: Problem, gradients: Gradients) -> Gradients:
+    """Sum full-size gradients of what is broadcast to its own shape, in its own dtype."""
 
-    def sum_to(weights: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None or weights is None:
+    def sum_to(operand: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or operand is None:
             return None
-        return gradient.sum_to_size(weights.shape).to(weights.dtype)
+        return gradient.sum_to_size(operand.shape).to(operand.dtype)
 
-    inside, outside = map(sum_to, problem[2:OPERANDS], gradients[2:])
-    return *gradients[:2], inside, outside
+    inside, outside, beta = map(sum_to, problem[2:OPERANDS], gradients[2:])
+    return *gradients[:2], inside, outside, beta

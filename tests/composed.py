@@ -18,8 +18,8 @@ def composed(
     inside: Any = None,
     outside: Any = None,
     *,
-    sigma: float | None = None,
-    beta: float | None = None,
+    sigma: Any = None,
+    beta: Any = None,
     reduction: str = "mean",
     normalizer: Any = None,
 ) -> Tensor:
@@ -35,9 +35,13 @@ def composed(
     x = weighted(input - target, inside)
     if isinstance(outside, Tensor) and outside.dtype in MASKS:
         x = weighted(x, outside)
-    loss = F.smooth_l1_loss(
-        x, torch.zeros_like(x), reduction="none", beta=1.0 if beta is None else beta
-    )
+    if isinstance(beta, Tensor):  # PyTorch's own loss takes no tensor.
+        size = x.abs()
+        loss = torch.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
+    else:
+        loss = F.smooth_l1_loss(
+            x, torch.zeros_like(x), reduction="none", beta=1.0 if beta is None else beta
+        )
     loss = weighted(loss, outside)
     if reduction == "none":
         return loss

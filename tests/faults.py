@@ -29,7 +29,7 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 
 from bench import stand_in
 from fused_smoothl1 import dispatch, ops, smooth_l1_loss
-from fused_smoothl1.problem import NO_NEEDS, make_problem
+from fused_smoothl1.problem import NO_GRADIENTS, NO_NEEDS, make_problem
 
 NOWHERE = "/dev/null/nowhere"
 PTXAS = """#!/bin/sh
@@ -185,7 +185,7 @@ def operator() -> list[Tensor]:
     mask = torch.randn(2, 1, 5) > 0
     problem = make_problem(input.detach(), target, mask, beta=torch.tensor(0.5), reduce=False)
     (losses, *_), upstream = ops.FORWARD(*problem, *NO_NEEDS), torch.ones_like(target)
-    gradient, *_ = ops.BACKWARD(upstream, *problem, True, False, False, False)
+    gradient, *_ = ops.BACKWARD(upstream, *problem, True, False, False, False, False)
     assert losses.stride() == gradient.stride() == input.stride()
     right = F.smooth_l1_loss(input, target, beta=0.5, reduction="none") * mask
     torch.testing.assert_close(losses, right.detach())
@@ -259,7 +259,7 @@ def gradients(between: Callable[[], Any]) -> list[Tensor]:
     found = [torch.ones(1 << 20)]
     backend = dispatch.backend_on(found[0].device)
     between()
-    backend.scale((found[0], None, None, None), torch.tensor(3.0))
+    backend.scale((found[0], *NO_GRADIENTS[1:]), torch.tensor(3.0))
     for loss, (values, _) in zip(losses, several, strict=True):
         dispatch._backends.clear()
         found += torch.autograd.grad(loss, values[:1], torch.full_like(loss, 3.0))

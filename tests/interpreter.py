@@ -22,7 +22,7 @@ from triton import language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-READ_ONLY = ("operands", "upstream_ptr", "divisor_ptr", "beta_ptr")
+READ_ONLY = ("operands", "upstream_ptr", "divisor_ptr")
 
 
 class Event(NamedTuple):

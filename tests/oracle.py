@@ -23,6 +23,8 @@ class Reference:
     target: Array
     inside_weights: Array | None
     outside_weights: Array | None
+    sigma: Array | None
+    beta: Array | None
 
 
 def _float64(value: Any) -> Array:
@@ -47,10 +49,26 @@ def _weights(weights: Any, shape: tuple[int, ...]) -> tuple[Array, npt.NDArray[n
     return values, np.ones(shape, dtype=bool)
 
 
-def _sum_to_shape(gradient: Array, weights: Any) -> Array | None:
-    if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+def _transition(sigma: Any, beta: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return beta and its derivative by sigma, both of the full shape.
+
+    Where a tensor's value is one that a number may not have, there is no transition: NaN.
+    """
+    with np.errstate(all="ignore"):
+        if sigma is not None:
+            of_sigma = _float64(sigma)
+            values = np.where(of_sigma > 0, 1 / of_sigma**2, np.nan)
+            slope = np.where(of_sigma > 0, -2 / of_sigma**3, np.nan)
+        else:
+            values, slope = _float64(1.0 if beta is None else beta), np.zeros(())
+            values = np.where((values >= 0) & (values < np.inf), values, np.nan)
+    return np.broadcast_to(values, shape), np.broadcast_to(slope, shape)
+
+
+def _sum_to_shape(gradient: Array, operand: Any) -> Array | None:
+    if not isinstance(operand, torch.Tensor) or not operand.is_floating_point():
         return None
-    shape = tuple(weights.shape)
+    shape = tuple(operand.shape)
     extra = gradient.ndim - len(shape)
     gradient = gradient.sum(axis=tuple(range(extra)))
     kept = tuple(i for i, n in enumerate(shape) if n == 1)
@@ -63,7 +81,8 @@ def smooth_l1(
     inside_weights: Any = None,
     outside_weights: Any = None,
     *,
-    beta: float = 1.0,
+    sigma: Any = None,
+    beta: Any = None,
     reduction: str = "mean",
     normalizer: Any = None,
     upstream: Any = 1.0,
@@ -73,6 +92,7 @@ def smooth_l1(
     inside, inside_selected = _weights(inside_weights, shape)
     outside, outside_selected = _weights(outside_weights, shape)
     selected = inside_selected & outside_selected
+    transition, of_sigma = _transition(sigma, beta, shape)
 
     divisor = 1.0
     if reduction == "mean":
@@ -86,12 +106,12 @@ def smooth_l1(
         difference = _float64(input) - _float64(target)
         x = inside * difference
         size = np.abs(x)
-        quadratic = size < beta
-        if beta > 0:
-            f = np.where(quadratic, 0.5 * (x / beta) * x, size - 0.5 * beta)
-            slope = np.where(quadratic, x / beta, np.sign(x))
-        else:
-            f, slope = size, np.sign(x)
+        quadratic = size < transition
+        f = np.where(quadratic, 0.5 * (x / transition) * x, size - 0.5 * transition)
+        slope = np.where(quadratic, x / transition, np.sign(x))
+        of_beta = np.where(quadratic, -0.5 * (x / transition) ** 2, -0.5)
+        for values in (slope, of_beta):
+            values[np.isnan(x) | np.isnan(transition)] = np.nan
 
         factor = np.broadcast_to(_float64(upstream), shape) / divisor
 
@@ -102,10 +122,13 @@ def smooth_l1(
         loss = elementwise if reduction == "none" else elementwise.sum() / divisor
         grad_x = factor * outside * slope
         grad_input = kept(grad_x * inside)
+        grad_beta = factor * outside * of_beta
         return Reference(
             loss=np.asarray(loss),
             input=grad_input,
             target=-grad_input,
             inside_weights=_sum_to_shape(kept(grad_x * difference), inside_weights),
             outside_weights=_sum_to_shape(kept(factor * f), outside_weights),
+            sigma=_sum_to_shape(kept(grad_beta * of_sigma), sigma),
+            beta=_sum_to_shape(kept(grad_beta), beta),
         )

@@ -10,7 +10,7 @@ multiplied by an upstream gradient afterwards.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from fused_smoothl1 import dispatch, smooth_l1_loss
 from tests import oracle
 
 ELEMENT = 16
-NAMES = ("input", "target", "inside_weights", "outside_weights")
+NAMES = ("input", "target", "inside_weights", "outside_weights", "sigma", "beta")
 MASKS = (torch.bool, torch.uint8)
 
 
@@ -74,13 +74,6 @@ def backend_set(name: str | None) -> Iterator[None]:
         dispatch._backends.clear()
         yield
     dispatch._backends.clear()
-
-
-def beta_of(sigma: float | None, beta: float | None) -> float:
-    """Return beta for the options of a call, by the definition beta = 1 / sigma²."""
-    if beta is not None:
-        return float(beta)
-    return 1.0 if sigma is None else 1.0 / sigma / sigma
 
 
 def accumulator(*operands: Any) -> torch.dtype:
@@ -158,17 +151,14 @@ def assert_same(what: str, one: Tensor, other: Tensor) -> None:
     )
 
 
-def _magnitude(gradient_of: str, operands: Sequence[Any], **kwargs: Any) -> Any:
-    """Return the sum of the absolute terms of a weight's gradient, and their number."""
-    position = NAMES.index(gradient_of)
-    shape = operands[0].shape
-    weights = operands[position]
-    wide = list(operands)
-    wide[position] = weights.detach().expand(shape)
-    terms = getattr(oracle.smooth_l1(*wide, **kwargs), gradient_of)
+def _magnitude(name: str, operands: dict[str, Any], **kwargs: Any) -> Any:
+    """Return the sum of the absolute terms of a broadcast operand's gradient, and their number."""
+    operand = operands[name]
+    wide = {**operands, name: operand.detach().expand(operands["input"].shape)}
+    terms = getattr(oracle.smooth_l1(**wide, **kwargs), name)
     with np.errstate(all="ignore"):
-        sums = oracle._sum_to_shape(np.abs(terms), weights)
-    return sums, max(terms.size // max(weights.numel(), 1), 1)
+        sums = oracle._sum_to_shape(np.abs(terms), operand)
+    return sums, max(terms.size // max(operand.numel(), 1), 1)
 
 
 def _absolute(weights: Any) -> Any:
@@ -182,6 +172,8 @@ def check(
     inside_weights: Any = None,
     outside_weights: Any = None,
     *,
+    sigma: Any = None,
+    beta: Any = None,
     upstream: Any = 1.0,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -190,40 +182,37 @@ def check(
     Also asserts what is true of every call: dtypes, shapes, the gradient's strides, and that no
     operand was written to. Returns the loss and the gradients by name.
     """
-    operands = (input, target, inside_weights, outside_weights)
-    tensors = [t for t in operands if isinstance(t, Tensor)]
-    before = [(t.detach().clone(), t._version) for t in tensors]
+    values = (input, target, inside_weights, outside_weights, sigma, beta)
+    operands = dict(zip(NAMES, values, strict=True))
+    tensors = {name: t for name, t in operands.items() if isinstance(t, Tensor)}
+    before = [(t.detach().clone(), t._version) for t in tensors.values()]
     reduction = options.get("reduction", "mean")
 
-    loss = smooth_l1_loss(*operands, **options)
+    loss = smooth_l1_loss(**operands, **options)
 
-    assert loss.dtype == loss_dtype(reduction, *operands)
+    assert loss.dtype == loss_dtype(reduction, *values)
     assert loss.device == input.device
     # As autograd hands it down, so that the oracle multiplies by the same rounded number.
     grad_output = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device)
-    wanted = [
-        n for n, t in zip(NAMES, operands, strict=True) if isinstance(t, Tensor) and t.requires_grad
-    ]
+    sources = {name: t for name, t in tensors.items() if t.requires_grad}
     gradients: dict[str, Tensor] = {}
-    if wanted:
-        sources = [t for t in tensors if t.requires_grad]
-        results = torch.autograd.grad(loss, sources, grad_output.expand(loss.shape))
-        gradients = dict(zip(wanted, results, strict=True))
+    if sources:
+        upstreams = grad_output.expand(loss.shape)
+        results = torch.autograd.grad(loss, list(sources.values()), upstreams)
+        gradients = dict(zip(sources, results, strict=True))
 
     settings = {
-        "beta": beta_of(options.get("sigma"), options.get("beta")),
         "reduction": reduction,
         "normalizer": options.get("normalizer"),
         "upstream": grad_output,
     }
-    expected = oracle.smooth_l1(*operands, **settings)
-    computed_in = accumulator(*operands)
+    expected = oracle.smooth_l1(**operands, **settings)
+    computed_in = accumulator(*values)
     if reduction == "none":
         assert_near("loss", loss, expected.loss, computed_in=computed_in)
     else:
-        absolute = oracle.smooth_l1(
-            input, target, inside_weights, _absolute(outside_weights), **settings
-        ).loss
+        positive = {**operands, "outside_weights": _absolute(outside_weights)}
+        absolute = oracle.smooth_l1(**positive, **settings).loss
         assert_near(
             "loss",
             loss,
@@ -233,7 +222,7 @@ def check(
             terms=input.numel(),
         )
     for name, gradient in gradients.items():
-        operand = operands[NAMES.index(name)]
+        operand = operands[name]
         assert gradient.dtype == operand.dtype, f"{name}: gradient in {gradient.dtype}"
         magnitude, terms = None, 1
         if name == "input":
@@ -251,7 +240,7 @@ def check(
             # Not in float16: its values must meet the upstream gradient first.
             storage_roundings=0.51 if operand.dtype == torch.float16 else 1.01,
         )
-    for tensor, (value, version) in zip(tensors, before, strict=True):
+    for tensor, (value, version) in zip(tensors.values(), before, strict=True):
         assert tensor._version == version, "an operand was written to"
         torch.testing.assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
     return {"loss": loss.detach(), **gradients}

@@ -40,7 +40,7 @@ def test_only_for_those_that_require_one(
     assert loss.requires_grad == any(needed)
     if any(needed):
         loss.backward(torch.ones_like(loss))
-    for name, operand, expects in zip(NAMES, operands, needed, strict=True):
+    for name, operand, expects in zip(NAMES[:4], operands, needed, strict=True):
         assert (operand.grad is not None) == expects, name
 
 

@@ -200,7 +200,7 @@ def test_results_of_the_operator_are_differentiable(triton_backend: str, device:
     x, t = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
     x.requires_grad_()
     problem = make_problem(x, t, divisor_number=24, beta_number=0.6)
-    forward = torch.ops.fused_smoothl1.forward.default(*problem, *(True, True, False, False))
+    forward = torch.ops.fused_smoothl1.forward.default(*problem, *(True, True, False, False, False))
     loss = composed(x, t, beta=0.6)
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     torch.testing.assert_close(forward, (loss, gradient, -gradient))

@@ -22,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 # A multiprocessor has 65536 registers: six programs of 128 threads keep their loads in flight.
 # AMD's have several times as many.
 MOST_REGISTERS = {"sm": 80, "gfx": 128}
+# Where each element divides in float64, which NVIDIA's GPUs do in a subroutine: four programs.
+DIVIDES = "float64 dense, a beta each, all gradients: backward"
+MOST_WITH_DIVISION = 128
+LAUNCHED_AT_ONCE = 65536 // (8 * 128)  # registers, of eight programs of 128 threads
 # Those whose datasheets are in the table.
 GPUS = {"sm_80", "sm_89", "sm_90", "gfx942"}
 TICKET = ["store", "barrier", "release", "ticket", "acquire", "past L1"]
@@ -64,8 +68,9 @@ def test_every_kind_of_launch(kernels: list[Kernel]) -> None:
     accesses = [kernel["access"].split() for kernel in kernels if kernel["access"]]
     for position in (2, 3):  # the inside and the outside weights
         assert any(kinds[position].endswith("-mask") for kinds in accesses)
-    upstream = {kinds[4] for kinds in accesses}
-    assert upstream == {"-", "scalar", "flat", "row", "vector", "strided"}
+    for position in (4, 5):  # beta and the upstream gradient
+        kinds = {own[position] for own in accesses}
+        assert kinds == {"-", "scalar", "flat", "row", "vector", "strided"}
 
 
 def test_no_spill(kernels: list[Kernel]) -> None:
@@ -94,8 +99,28 @@ def test_dense_operands_of_odd_size(dtype: str, kernels: list[Kernel]) -> None:
 
 def test_occupancy(kernels: list[Kernel]) -> None:
     vendor = "sm" if kernels[0]["target"].startswith("sm") else "gfx"
-    most = MOST_REGISTERS[vendor]
-    assert {_name(k): k["registers"] for k in kernels if k["registers"] > most} == {}
+    most = dict.fromkeys(map(_name, kernels), MOST_REGISTERS[vendor])
+    most[DIVIDES] = MOST_WITH_DIVISION
+    many = {_name(k): k["registers"] for k in kernels if k["registers"] > most[_name(k)]}
+    assert many == {}
+
+
+def test_a_beta_for_all_costs_nothing(kernels: list[Kernel]) -> None:
+    """A tensor with one value, beside a number: no access more in the loop, and no occupancy lost."""
+    named = {_name(kernel): kernel for kernel in kernels}
+    for call in ("dense", "dense, elementwise"):
+        for role in ("forward", "backward"):
+            number = named.get(f"float32 {call}: {role}")
+            if number is None:  # The backward pass of a sum scales what the forward pass computed.
+                assert (call, role) == ("dense", "backward")
+                continue
+            tensor = named[f"float32 {call.replace('dense', 'dense, beta for all')}: {role}"]
+            for column in ("loads", "stores"):
+                assert tensor[column] == number[column]
+            assert tensor["instructions"] <= number["instructions"] + 2
+            # With so many a multiprocessor holds all the programs that are launched for it.
+            enough = LAUNCHED_AT_ONCE if number["target"].startswith("sm") else 0
+            assert tensor["registers"] <= max(number["registers"] + 2, enough)
 
 
 def test_memory_is_the_limit(kernels: list[Kernel]) -> None:

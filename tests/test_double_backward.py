@@ -16,11 +16,12 @@ from tests.composed import composed
 from tests.support import coin, gaussian
 
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]
-BETA = 0.6
+BETA = 0.3
+# Of both weights and beta.
 SHAPES = {
-    "full": ((2, 3), (2, 3)),
-    "broadcast": ((2, 1), (3,)),
-    "number": ((), (1, 1)),
+    "full": ((2, 3), (2, 3), (2, 3)),
+    "broadcast": ((2, 1), (3,), (2, 1)),
+    "one for all": ((), (1, 1), ()),
 }
 
 
@@ -32,25 +33,36 @@ def _operands(
         gaussian(*shape, seed=i + 11, dtype=dtype, device=device, requires_grad=True)
         for i, shape in enumerate(shapes)
     ]
-    x = (operands[2] * (operands[0] - operands[1])).detach().abs()
-    assert ((x - BETA).abs() > 1e-3).all()
-    assert (x > 1e-3).all()
+    with torch.no_grad():
+        operands[4] = BETA + 0.1 * operands[4]
+        x = (operands[2] * (operands[0] - operands[1])).abs()
+        for beta in (BETA, operands[4]):
+            assert ((x - beta).abs() > 1e-3).all()
+        assert (x > 1e-3).all()
+        # Both branches are taken.
+        assert (x < operands[4]).any()
+        assert (x > operands[4]).any()
+    operands[4].requires_grad_()
     return operands
+
+
+def _of_five(function: Any, reduction: str = "mean") -> Any:
+    """Return the loss as a function of its five operands."""
+    return lambda *t: function(*t[:4], beta=t[4], reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weights", SHAPES)
 def test_gradcheck(weights: str, reduction: str, backend: str, device: str) -> None:
-    assert torch.autograd.gradcheck(
-        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction), _operands(device, weights)
-    )
+    loss = _of_five(smooth_l1_loss, reduction)
+    assert torch.autograd.gradcheck(loss, _operands(device, weights))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weights", SHAPES)
 def test_gradgradcheck(weights: str, reduction: str, backend: str, device: str) -> None:
     assert torch.autograd.gradgradcheck(
-        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction),
+        _of_five(smooth_l1_loss, reduction),
         _operands(device, weights),
         fast_mode=backend == "triton",  # A launch in the interpreter costs milliseconds.
     )
@@ -61,7 +73,7 @@ def test_gradgradcheck(weights: str, reduction: str, backend: str, device: str) 
     [("l1", 0.0), *((c, b) for c in ("no_weights", "masks", "normalizer") for b in (0.0, BETA))],
 )
 def test_gradgradcheck_of_other_calls(case: str, beta: float, backend: str, device: str) -> None:
-    operands = _operands(device)
+    operands = _operands(device)[:4]
     mask = torch.tensor([[True], [False]], device=device)
     column = torch.tensor([1, 0, 7], dtype=torch.uint8, device=device)
     count = torch.tensor(3, device=device)
@@ -91,12 +103,9 @@ def test_gradient_penalty_is_eager(
 ) -> None:
     """(loss + |gradient|²).backward(), against a composition of PyTorch's own operators."""
     results = []
-    for function in (
-        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction=reduction),
-        lambda *t: composed(*t, beta=BETA, reduction=reduction),
-    ):
+    for function in (smooth_l1_loss, composed):
         operands = _operands(device, dtype=dtype)
-        loss = function(*operands).sum()
+        loss = _of_five(function, reduction)(*operands).sum()
         first = torch.autograd.grad(loss, operands, create_graph=True)
         (loss + sum(g.pow(2).sum() for g in first)).backward()
         results.append([*(g.detach() for g in first), *(t.grad for t in operands)])
@@ -107,7 +116,7 @@ def test_gradient_penalty_is_eager(
 def test_create_graph_changes_no_value(backend: str, device: str) -> None:
     operands = _operands(device)
     for reduction in REDUCTIONS:
-        loss = smooth_l1_loss(*operands, beta=BETA, reduction=reduction)
+        loss = _of_five(smooth_l1_loss, reduction)(*operands)
         above = torch.full_like(loss, 1.3)
         with_graph = torch.autograd.grad(loss, operands, above, create_graph=True)
         without = torch.autograd.grad(loss, operands, above)
@@ -129,12 +138,9 @@ def test_second_order_for_an_upstream_of_ones_without_grad(backend: str, device:
 
 def test_third_order(backend: str, device: str) -> None:
     results = []
-    for function in (
-        lambda *t: smooth_l1_loss(*t, beta=BETA, reduction="sum"),
-        lambda *t: composed(*t, beta=BETA, reduction="sum"),
-    ):
+    for function in (smooth_l1_loss, composed):
         operands = _operands(device, "full")
-        loss = function(*operands)
+        loss = _of_five(function, "sum")(*operands)
         first = torch.autograd.grad(loss, operands, create_graph=True)
         total = torch.stack([(g**3).sum() for g in first]).sum()
         second = torch.autograd.grad(total, operands, create_graph=True)
@@ -145,7 +151,10 @@ def test_third_order(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_gradient_penalty_with_masked_nan(reduction: str, backend: str, device: str) -> None:
+@pytest.mark.parametrize("trained_beta", [False, True])
+def test_gradient_penalty_with_masked_nan(
+    trained_beta: bool, reduction: str, backend: str, device: str
+) -> None:
     """What a mask does not select adds 0 to second-order gradients as well."""
     mask = coin(6, 1, seed=1, device=device)
     clean = gaussian(6, 4, seed=2, dtype=torch.float64, device=device)
@@ -153,14 +162,16 @@ def test_gradient_penalty_with_masked_nan(reduction: str, backend: str, device: 
     for filler in (0.0, math.nan):
         input = torch.where(mask, clean, filler).requires_grad_()
         weights = torch.where(mask, 1.5, torch.full_like(clean, filler)).requires_grad_()
+        betas = torch.where(mask, BETA, torch.full_like(clean, filler)).requires_grad_()
+        sources = [input, weights, betas] if trained_beta else [input, weights]
         loss = smooth_l1_loss(
-            input, torch.zeros_like(clean), mask, weights, beta=BETA, reduction=reduction
+            *(input, torch.zeros_like(clean), mask, weights),
+            beta=betas if trained_beta else BETA,
+            reduction=reduction,
         ).sum()
-        first = torch.autograd.grad(loss, [input, weights], create_graph=True)
-        (loss + sum(g.pow(2).sum() for g in first)).backward()
-        assert input.grad is not None
-        assert weights.grad is not None
-        gradients.append((*(g.detach() for g in first), input.grad, weights.grad))
+        first = torch.autograd.grad(loss, sources, create_graph=True)
+        second = torch.autograd.grad(loss + sum(g.pow(2).sum() for g in first), sources)
+        gradients.append((*(g.detach() for g in first), *second))
     for one, other in zip(*gradients, strict=True):
         assert other.isfinite().all()
         assert (other[~mask.squeeze(1)] == 0).all()

@@ -19,6 +19,8 @@ from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 from tests.support import gaussian
 
 SHAPE = (6, 4)
+WEIGHTS = ("inside_weights", "outside_weights")
+TENSORS = ("target", *WEIGHTS, "sigma", "beta", "normalizer")
 
 
 def _raises(
@@ -66,10 +68,16 @@ WRONG_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
-@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, dtype) for name in WEIGHTS for dtype in (torch.float32, torch.bool, torch.int64)),
+        ("sigma", torch.float32),
+        ("beta", torch.float32),
+    ],
+)
 @pytest.mark.parametrize("shape", [s for s, _ in WRONG_SHAPES], ids=[f"{s}" for s in WRONG_SHAPES])
-def test_weights_that_do_not_broadcast(
+def test_tensors_that_do_not_broadcast(
     shape: tuple[int, ...], name: str, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     call = _call(device, **{name: torch.ones(shape, dtype=dtype, device=device)})
@@ -79,18 +87,18 @@ def test_weights_that_do_not_broadcast(
     assert (f"{name}[:, None]" in message) == (shape == SHAPE[:1])
 
 
-@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("name", [*WEIGHTS, "sigma", "beta"])
 @pytest.mark.parametrize("shape", [(4,), (3, 1), (1, 1)], ids=str)
-def test_weights_that_would_widen_a_size_of_1_or_0(
+def test_tensors_that_would_widen_a_size_of_1_or_0(
     shape: tuple[int, ...], name: str, backend: str, device: str
 ) -> None:
     """Broadcasting goes to the input's shape only, also where the input itself would broadcast."""
     small = torch.zeros(1, device=device)
-    weights = torch.ones(shape, device=device)
-    _raises(ValueError, _call(device, input=small, target=small, **{name: weights}), name)
+    wide = torch.ones(shape, device=device)
+    _raises(ValueError, _call(device, input=small, target=small, **{name: wide}), name)
     empty = torch.zeros(0, 2, device=device)
-    weights = torch.ones(3, 2, device=device)
-    _raises(ValueError, _call(device, input=empty, target=empty, **{name: weights}), name)
+    wide = torch.ones(3, 2, device=device)
+    _raises(ValueError, _call(device, input=empty, target=empty, **{name: wide}), name)
 
 
 NOT_FLOATS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128]
@@ -107,7 +115,7 @@ def test_dtype_of_input_and_target(
     _raises(TypeError, call, name, said, "float32", "float16", *way_out)
 
 
-@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_weights(dtype: torch.dtype, name: str, backend: str, device: str) -> None:
     call = _call(device, **{name: torch.ones(SHAPE, dtype=dtype, device=device)})
@@ -121,7 +129,7 @@ def test_not_a_tensor(value: Any, name: str, backend: str, device: str) -> None:
     _raises(TypeError, call, name, type(value).__name__, "Tensor")
 
 
-@pytest.mark.parametrize("name", ["inside_weights", "outside_weights"])
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize(
     "value",
     ["1.0", [1.0, 2.0], np.ones(SHAPE), 1j, object()],
@@ -134,7 +142,7 @@ def test_weights_that_are_neither_number_nor_tensor(
     _raises(TypeError, call, name, type(value).__name__, "Tensor", "number")
 
 
-@pytest.mark.parametrize("name", ["target", "inside_weights", "outside_weights", "normalizer"])
+@pytest.mark.parametrize("name", TENSORS)
 def test_devices_that_differ(name: str, backend: str, device: str) -> None:
     """Both devices are named; `meta` stands for a second GPU."""
     shape = () if name == "normalizer" else SHAPE
@@ -143,7 +151,7 @@ def test_devices_that_differ(name: str, backend: str, device: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
-@pytest.mark.parametrize("name", ["target", "inside_weights", "outside_weights", "normalizer"])
+@pytest.mark.parametrize("name", TENSORS)
 def test_tensor_left_on_the_cpu(name: str, backend: str) -> None:
     shape = () if name == "normalizer" else SHAPE
     call = _call("cuda", reduction="sum", **{name: torch.ones(shape)})
@@ -180,10 +188,31 @@ def test_beta_out_of_range(beta: float, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sigma", "beta"])
-@pytest.mark.parametrize("value", ["3", 1j, [1.0], True, torch.tensor(1.0)], ids=repr)
-def test_sigma_and_beta_are_numbers(value: Any, name: str, backend: str, device: str) -> None:
-    """Also not tensors: the host would have to read them."""
-    _raises(TypeError, _call(device, **{name: value}), name, type(value).__name__)
+@pytest.mark.parametrize("value", ["3", 1j, [1.0], True, np.ones(1)], ids=repr)
+def test_sigma_and_beta_are_numbers_or_tensors(
+    value: Any, name: str, backend: str, device: str
+) -> None:
+    parts = (name, type(value).__name__, "number", "Tensor")
+    _raises(TypeError, _call(device, **{name: value}), *parts)
+    _raises(TypeError, lambda: SmoothL1Loss(**{name: value}), *parts)
+
+
+@pytest.mark.parametrize("name", ["sigma", "beta"])
+@pytest.mark.parametrize("dtype", NOT_FLOATS, ids=str)
+def test_dtype_of_sigma_and_beta(dtype: torch.dtype, name: str, backend: str, device: str) -> None:
+    value: Any = torch.ones((), dtype=dtype, device=device)
+    parts = (name, str(dtype).removeprefix("torch."), "float32", "float16")
+    _raises(TypeError, _call(device, **{name: value}), *parts)
+    _raises(TypeError, lambda: SmoothL1Loss(**{name: value}), *parts)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_both_tensors(requires_grad: bool, backend: str, device: str) -> None:
+    """Their values are not in the message: the host would have to wait for them."""
+    one = torch.tensor(0.123, device=device, requires_grad=requires_grad)
+    for options in ({"sigma": one, "beta": 2.5}, {"sigma": 2.5, "beta": one}):
+        message = _raises(ValueError, _call(device, **options), "sigma", "beta", "Tensor", "2.5")
+        assert "0.123" not in message
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])

@@ -20,7 +20,7 @@ from tests.support import gaussian
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 
-INPUT = (True, False, False, False)
+INPUT = (True, False, False, False, False)
 SEVERAL = 100_000  # elements, of several programs
 
 
@@ -290,7 +290,7 @@ def test_upstream_gradient_of_1(masked: bool, triton_backend: str) -> None:
 
     pair = gaussian(9, 4, seed=1, requires_grad=True), gaussian(9, 4, seed=2, requires_grad=True)
     weights = gaussian(9, 1, seed=3)
-    argument = "operands[4]" if masked else "upstream_ptr"
+    argument = "operands[5]" if masked else "upstream_ptr"
     for upstream in (1.0, 2.0):
         loss = smooth_l1_loss(*pair, weights > 0 if masked else weights, reduction="sum")
         with recorded() as events:
@@ -306,7 +306,7 @@ def test_what_masks_exclude_is_not_loaded(place: int, triton_backend: str) -> No
     operands = [gaussian(9, 4, seed=1), gaussian(9, 4, seed=2), None, None]
     operands[place] = torch.zeros(9, 1, dtype=torch.bool)
     with recorded() as events:
-        smooth_l1_loss(*operands)  # type: ignore[arg-type]
+        smooth_l1_loss(*operands, beta=torch.ones(9, 1))  # type: ignore[arg-type]
     loaded = {event.argument for event in events if event.kind == "load"}
     assert loaded == {f"operands[{place}]"}
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_smoothl1 import ops, smooth_l1_loss
-from fused_smoothl1.problem import NO_NEEDS, Problem, gradient_in_forward, make_problem
+from fused_smoothl1.problem import (
+    NO_NEEDS,
+    OPERANDS,
+    Problem,
+    gradient_in_forward,
+    make_problem,
+)
 from tests.support import assert_same, backend_set, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, make, trained
 
@@ -25,6 +31,7 @@ def _problem(
     dtype: torch.dtype = torch.float32,
     inside: Any = None,
     outside: Any = None,
+    beta: tuple[int, ...] | None = None,
     reduce: bool = True,
     tensor_divisor: bool = False,
     requires_grad: str = "input",
@@ -40,16 +47,18 @@ def _problem(
             return values(name, *own, seed=seed)
         return own if isinstance(own, Tensor) else None
 
+    transition = None if beta is None else values("", *beta, seed=8).abs()
     return make_problem(
         values("input", 6, 4, seed=1),
         values("target", 6, 4, seed=2),
         weights("inside", inside, 3),
         weights("outside", outside, 4),
+        None if transition is None else transition.requires_grad_("beta" in wanted),
         divisor=torch.tensor(3.0, device=device) if reduce and tensor_divisor else None,
         inside_number=inside if isinstance(inside, float) else 1.0,
         outside_number=outside if isinstance(outside, float) else 1.0,
         divisor_number=24 if reduce and not tensor_divisor else 1.0,
-        beta_number=0.5,
+        beta_number=0.5 if beta is None else 1.0,
         reduce=reduce,
     )
 
@@ -65,8 +74,11 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "trained weights": {
         "inside": (1, 4),
         "outside": (),
-        "requires_grad": "input target inside outside",
+        "beta": (6, 1),
+        "requires_grad": "input target inside outside beta",
     },
+    "beta": {"beta": (), "outside": (6, 1)},
+    "beta alone": {"beta": (4,), "inside": "rows", "reduce": False, "requires_grad": "beta"},
     "weights alone": {"inside": (6, 4), "outside": (6, 1), "requires_grad": "inside outside"},
     "normalizer": {"tensor_divisor": True, "inside": 0.5, "outside": -2.0},
     "none": {"reduce": False, "requires_grad": "input target"},
@@ -200,10 +212,14 @@ def test_meta_tensors(variant: str, reduction: str, backend: str, device: str) -
     operands, options = make(variant, device=device)
     loss = smooth_l1_loss(*operands, **options, reduction=reduction)
     real = torch.autograd.grad(loss, trained(operands), torch.ones_like(loss))
-    metas = [t.to("meta") if isinstance(t, Tensor) else t for t in operands]
-    for meta, operand in zip(metas, operands, strict=True):
-        if isinstance(operand, Tensor):
-            meta.detach_().requires_grad_(operand.requires_grad)
+
+    def on_meta(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to("meta").requires_grad_(value.requires_grad)
+
+    metas = [on_meta(operand) for operand in operands]
+    options = {name: on_meta(value) for name, value in options.items()}
     meta_loss = smooth_l1_loss(*metas, **options, reduction=reduction)
     found = torch.autograd.grad(meta_loss, trained(metas), torch.ones_like(meta_loss))
     for one, other in zip((meta_loss, *found), (loss, *real), strict=True):
@@ -215,7 +231,7 @@ def test_meta_tensors(variant: str, reduction: str, backend: str, device: str) -
 def test_gradients_of_the_operator(name: str, backend: str, device: str) -> None:
     """Through the registered autograd rule as through the plain path."""
     problem = _named(name, device)
-    sources = [t for t in problem[:4] if isinstance(t, Tensor) and t.requires_grad]
+    sources = [t for t in problem[:OPERANDS] if isinstance(t, Tensor) and t.requires_grad]
     loss = FORWARD(*_forward_arguments(problem))[0]
     with backend_set("eager"):
         expected = _plain(problem)
@@ -234,13 +250,13 @@ def test_gradients_of_the_operator(name: str, backend: str, device: str) -> None
 
 
 def _plain(problem: Problem) -> Tensor:
-    inside, outside, divisor = (
+    inside, outside, beta, divisor = (
         number if tensor is None else tensor
-        for tensor, number in zip(problem[2:5], problem[6:9], strict=True)
+        for tensor, number in zip(problem[2:6], problem[6:10], strict=True)
     )
     return smooth_l1_loss(
         *(problem.input, problem.target, inside, outside),
-        beta=problem.beta_number,
+        beta=beta,
         reduction="sum" if problem.reduce else "none",
         normalizer=divisor if problem.reduce else None,
     )
@@ -290,7 +306,7 @@ def test_second_order(reduce: bool, requires_grad: str, backend: str, device: st
         requires_grad=requires_grad,
         device=device,
     )
-    sources = [t for t in problem[:4] if isinstance(t, Tensor) and t.requires_grad]
+    sources = [t for t in problem[:OPERANDS] if isinstance(t, Tensor) and t.requires_grad]
 
     def second(loss: Tensor) -> tuple[Tensor, ...]:
         first = torch.autograd.grad(loss, sources, torch.full_like(loss, 0.7), create_graph=True)
@@ -308,10 +324,10 @@ def test_what_is_not_wanted_is_empty(backend: str, device: str) -> None:
     """An operator has no optional results: these cost neither memory nor a launch."""
     problem = _named("trained weights", device)
     upstream, *_ = _backward_arguments(problem)
-    _, *gradients = FORWARD(*problem, *(False, True, False, False))
-    gradients += BACKWARD(upstream, *problem, *(False, True, False, True))
+    _, *gradients = FORWARD(*problem, *(False, True, False, False, False))
+    gradients += BACKWARD(upstream, *problem, *(False, True, False, True, True))
     sizes = [gradient.numel() for gradient in gradients]
-    assert sizes == [0, 24, 0, 24, 0, 1]
+    assert sizes == [0, 24, 0, 24, 0, 1, 6]
 
 
 def test_gradgradcheck(triton_backend: str, device: str) -> None:
@@ -339,9 +355,9 @@ def test_shares_no_workspace(device: str, triton_backend: str) -> None:
     input, target = (gaussian(20_011, seed=seed, device=device) for seed in (1, 2))
     problem = make_problem(input, target, divisor_number=20_011)
     launch._kept_workspace.cache_clear()
-    found = FORWARD(*problem, *(True, False, False, False))
+    found = FORWARD(*problem, *(True, False, False, False, False))
     assert not launch._kept_workspace.cache_info().currsize
-    expected = launch.forward(problem, (True, False, False, False))
+    expected = launch.forward(problem, (True, False, False, False, False))
     assert launch._kept_workspace.cache_info().currsize, (
         "it takes one, where calls follow each other on a stream"
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import ops
-from fused_smoothl1.problem import Problem, make_problem
+from fused_smoothl1.problem import OPERANDS, Problem, make_problem
 from tests.support import coin, gaussian
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 RANKS = 2
-# Of the input and of both weights: every number of dimensions, and sizes of 1 on either side.
+# Of the input, the inside weights, and outside weights and beta: every number of dimensions, and
+# sizes of 1 on either side.
 SHAPES: list[tuple[Any, Any, Any]] = [
     ((6, 4), None, None),
     ((6, 4), (6, 1), (4,)),
@@ -49,11 +50,11 @@ def _problems(masks: bool) -> Iterator[Problem]:
             target,
             weights(inside, 3),
             weights(outside, 4),
+            None if outside is None else gaussian(*outside, seed=5).abs(),
             divisor=torch.tensor(3.0) if reduce else None,
-            beta=torch.tensor(0.5) if masks else None,
             inside_number=0.5 if inside is None else 1.0,
             outside_number=0.5 if outside is None else 1.0,
-            beta_number=1.0 if masks else 0.5,
+            beta_number=0.5 if outside is None else 1.0,
             reduce=reduce,
         )
 
@@ -101,7 +102,8 @@ def test_rules_of_forward(masks: bool, eager_backend: str) -> None:
     from fused_smoothl1.sharding import forward_rules
 
     for problem in _problems(masks):
-        for needs in itertools.product((False, True), (False, True), (False,), (False,)):
+        for pair in itertools.product((False, True), repeat=2):
+            needs = *pair, False, False, False
             if any(needs) and not problem.reduce:
                 continue  # These gradients come with a reduced loss only.
             arguments = *problem, *needs
@@ -117,10 +119,10 @@ def test_rules_of_backward(masks: bool, eager_backend: str) -> None:
         upstream = gaussian(
             *(() if problem.reduce else problem.input.shape), seed=5, dtype=problem.loss_dtype
         )
-        for needs in itertools.product((False, True), repeat=4):
+        for needs in itertools.product((False, True), repeat=OPERANDS):
             if not any(needs) or any(
-                needed and not (isinstance(weights, Tensor) and weights.is_floating_point())
-                for needed, weights in zip(needs, problem[:4], strict=True)
+                needed and not (isinstance(operand, Tensor) and operand.is_floating_point())
+                for needed, operand in zip(needs, problem[:OPERANDS], strict=True)
             ):
                 continue
             arguments = upstream, *problem, *needs

@@ -17,6 +17,8 @@ VARIANTS = (
     "uint8_mask",
     "two_masks",
     "l1",
+    "beta_of_rows",
+    "beta_and_mask",
 )
 
 
@@ -60,6 +62,12 @@ def make(
     elif variant == "l1":
         options = {"beta": 0.0}
         outside = 0.5
+    elif variant == "beta_of_rows":
+        options = {"beta": values(rows, 1, seed=12).abs()}
+        outside = values(4, seed=13)
+    elif variant == "beta_and_mask":
+        options = {"beta": values(seed=14).abs()}
+        inside = coin(rows, 1, seed=15, device=device)
     if poison:
         with torch.no_grad():
             for mask in (inside, outside):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONG = 2**31 + 65539  # more elements than an int32 can count
+SIGMA = 3.0
 
 Make = Callable[..., "Tensor"]  # of the sizes given, and of the type named `dtype`
 
@@ -31,8 +32,8 @@ class Operand(NamedTuple):
 class Call:
     """A forward and backward: operands in the order of the loss's arguments, and its options.
 
-    The first `wanted` operands require a gradient. `upstream` is what is seen of the gradient that
-    arrives at a loss of every element.
+    The first `wanted` operands require a gradient, and so does a tensor beta if `wants_beta`.
+    `upstream` is what is seen of the gradient that arrives at a loss of every element.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Call:
     wanted: int = 1
     reduction: str = "mean"
     normalizer: str | None = None  # the type of a tensor on the device
-    sigma: float = 3.0
+    beta: Operand | None = None  # a tensor; if there is none, sigma is a number
+    wants_beta: bool = False
     upstream: Callable[[Any], Any] = lambda gradient: gradient
 
     def bind(self, make: Make) -> tuple[list["Tensor"], dict[str, Any]]:
@@ -48,8 +50,14 @@ class Call:
         operands = [o.view(make(*o.shape, dtype=o.dtype)).detach() for o in self.operands]
         for operand in operands[: self.wanted]:
             operand.requires_grad_()
-        normalizer = None if self.normalizer is None else make(dtype=self.normalizer)
-        options = {"reduction": self.reduction, "sigma": self.sigma, "normalizer": normalizer}
+        options: dict[str, Any] = {"reduction": self.reduction, "normalizer": None}
+        if self.normalizer is not None:
+            options["normalizer"] = make(dtype=self.normalizer)
+        if self.beta is None:
+            options["sigma"] = SIGMA
+        else:
+            beta = make(*self.beta.shape, dtype=self.beta.dtype).abs()
+            options["beta"] = self.beta.view(beta).requires_grad_(self.wants_beta)
         return operands, options
 
     @property
@@ -111,6 +119,15 @@ def calls(rows: int) -> list[Call]:
         Call("dense", 4 * (half,)),
         Call("dense, all gradients", 4 * (of(flat, dtype="float64"),), wanted=4),
         row_mask("bfloat16", "float32"),
+        Call("dense, beta for all", 4 * (of(flat),), beta=of()),
+        Call("dense, beta for all, elementwise", 4 * (of(flat),), reduction="none", beta=of()),
+        Call("beta of rows, its gradient", 2 * (of(rows, 4),), beta=of(rows, 1), wants_beta=True),
+        Call("beta of channels", (of(rows, 4), of(rows, 4), of(rows, 1)), beta=of(4)),
+        Call("every other beta", 2 * (of(rows, 4),), beta=every_other),
+        *(
+            Call("dense, a beta each, all gradients", 4 * (own,), 4, beta=own, wants_beta=True)
+            for own in (of(flat), of(flat, dtype="float64"))
+        ),
     ]
 
 
