@@ -94,6 +94,7 @@ def _calls(device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
     input, target, outside = make(ROWS, 4).requires_grad_(), make(ROWS, 4), make(ROWS, 4)
     inside, mask = make(ROWS, 1), make(ROWS, 1) > 0
     floats, positives, upstream = mask.float(), mask.sum(), torch.ones_like(target)
+    beta = torch.tensor(BETA, device=device)
 
     def step_of(loss: Loss, upstream: Tensor | None = None) -> Callable[[], None]:
         def step() -> None:
@@ -106,6 +107,10 @@ def _calls(device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
     return {
         "plain": {
             "fused": step_of(lambda: smooth_l1_loss(input, target, beta=BETA)),
+            "torch": mean,
+        },
+        "tensor_beta": {
+            "fused": step_of(lambda: smooth_l1_loss(input, target, beta=beta)),
             "torch": mean,
         },
         "weighted": {

@@ -250,8 +250,8 @@ def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     # Lengths first: comparing symbolic sizes adds guards.
-    if len(shape) > len(to):
-        return False
+    if not shape or len(shape) > len(to):
+        return not shape
     if not is_dynamo_compiling() and type(math.prod((*shape, *to))) is int:
         # Without symbols, the same in a fraction of the time.
         return shape == to or all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
@@ -281,24 +281,22 @@ def _transition(
         raise ValueError(
             f"at most one of sigma and beta may be given, got {given}: beta is 1 / sigma ** 2"
         )
-    for name, value in (("sigma", sigma), ("beta", beta)):
-        if isinstance(value, Tensor):
-            _check_tensor(name, value, FLOAT_DTYPES, input)
-            if input is not None:
-                _check_broadcasts(name, value, input)
-            return value, None, 1.0
-    alternative = " or a torch.Tensor"
-    if sigma is not None:
-        number = _number("sigma", sigma, alternative)
-        if not may_hold(number > 0):
-            raise ValueError(f"sigma must be in (0, inf], got {sigma}")
-        return None, number, 1.0 / number / number
-    if beta is not None:
-        number = _number("beta", beta, alternative)
+    name, value = ("beta", beta) if sigma is None else ("sigma", sigma)
+    if value is None:
+        return None, None, 1.0
+    if type(value) is not float and isinstance(value, Tensor):
+        _check_tensor(name, value, FLOAT_DTYPES, input)
+        if input is not None:
+            _check_broadcasts(name, value, input)
+        return value, None, 1.0
+    number = _number(name, value, " or a torch.Tensor")
+    if sigma is None:
         if not (may_hold(number >= 0) and may_hold(number < math.inf)):
             raise ValueError(f"beta must be in [0, inf), got {beta}")
         return None, None, number
-    return None, None, 1.0
+    if not may_hold(number > 0):
+        raise ValueError(f"sigma must be in (0, inf], got {sigma}")
+    return None, number, 1.0 / number / number
 
 
 def _beta_of(sigma: Tensor, dtype: torch.dtype) -> Tensor:

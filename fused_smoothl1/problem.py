@@ -163,11 +163,11 @@ def gradient_in_forward(problem: Problem, needs: Needs) -> bool:
     upstream gradient of a loss scaler is already in them. Not for weights and beta: their gradients
     need temporaries and are summed to another shape.
     """
-    needs_input, needs_target, *needs_others = needs
+    needs_input, needs_target, needs_inside, needs_outside, needs_beta = needs
     wide = FULL_RANGE[problem.compute_dtype]
     return (
         problem.reduce
-        and not any(needs_others)
+        and not (needs_inside or needs_outside or needs_beta)
         and (not needs_input or problem.input.dtype in wide)
         and (not needs_target or problem.target.dtype in wide)
     )

@@ -106,7 +106,7 @@ def test_occupancy(kernels: list[Kernel]) -> None:
 
 
 def test_a_beta_for_all_costs_nothing(kernels: list[Kernel]) -> None:
-    """A tensor with one value, beside a number: no access more in the loop, and no occupancy lost."""
+    """A tensor with one value, beside a number: no more accesses in the loop, no fewer programs."""
     named = {_name(kernel): kernel for kernel in kernels}
     for call in ("dense", "dense, elementwise"):
         for role in ("forward", "backward"):
