@@ -4,6 +4,7 @@ import os
 
 COMMANDS = {
     "codegen": "bench.codegen.table",
+    "drafter": "bench.demos.drafter",
     "host": "bench.host",
     "plot": "bench.plot",
     "sweep": "bench.sweep",

@@ -104,7 +104,7 @@ def fused_for_drafter(
     input: Tensor, target: Tensor, inside: None, mask: Tensor, **options: Any
 ) -> Tensor:
     """Call the library with all of the drafter's divisors as one normalizer."""
-    options["normalizer"] = drafter_normalizer(mask)
+    options["normalizer"] = drafter_normalizer(mask, input.shape[-1])
     return smooth_l1_loss(input, target, inside, mask, **options)
 
 

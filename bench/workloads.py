@@ -201,7 +201,7 @@ def build(spec: Spec, device: torch.device) -> Workload:
             # Hidden states of tokens, which drafters of speculative decoding regress: the mean over
             # a state, then the mean over the selected tokens. The normalizer stands for both.
             mask = uniform(*tokens[:2], 1) < SELECTED_TOKENS
-            selected = drafter_normalizer(mask)
+            selected = drafter_normalizer(mask, HIDDEN)
             return replace(plain, reduction="sum", outside_weights=mask, normalizer=selected)
         case "kernelbench":  # its level 1, problem 96: a square matrix, and no gradient
             return replace(plain, input=plain.input.detach())
@@ -233,6 +233,9 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def drafter_normalizer(mask: Tensor) -> Tensor:
-    """Return the elements of the selected tokens, kept from 0 as such training code does it."""
-    return HIDDEN * (mask.sum() + 1e-5)
+def drafter_normalizer(mask: Tensor, hidden: int) -> Tensor:
+    """Return the elements of the selected tokens, kept from 0 as such training code does it.
+
+    `hidden` is the size of a token's hidden state.
+    """
+    return hidden * (mask.sum() + 1e-5)
