@@ -30,7 +30,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.demos import language_model
+from bench.demos import curves, language_model
 from bench.demos.language_model import HIDDEN, LENGTH, SEED, LanguageModel, Texts
 from bench.measure import measure, peak_extra_bytes
 from bench.plot import STYLES
@@ -46,7 +46,6 @@ ENTROPY_WEIGHT = 0.1  # as in EAGLE
 HELD_OUT = 200  # functions
 ALLOWED_GAP = 0.02  # of the accepted share, between the two trainings
 LOSS_SECONDS = 1.0  # for timing the loss alone
-POINTS = 250  # of the curves, in the file and in the picture
 VIEWS, COLUMNS = 5, 100  # texts in the picture, and characters of a line
 OWN, OTHER, PROMPT = "the language model's own choice", "another one", "prompt, not drafted"
 COLORS = {OWN: "#a9dfb5", OTHER: "#f5b7a0", PROMPT: "white"}
@@ -90,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         for part in (functions[:-HELD_OUT], functions[-HELD_OUT:])
     )
     trainings: list[dict[str, Any]] = []
-    curves: list[list[float]] = []
+    losses: dict[str, list[float]] = {}
     # Attention whose gradient adds in another order at each run would hide what the loss does.
     with sdpa_kernel(SDPBackend.MATH):
         torch.manual_seed(SEED)
@@ -100,39 +99,31 @@ def main(arguments: Sequence[str]) -> int:
         for name in FORMULAS:
             drafter = _drafter(device)
             losses_of = partial(_losses, drafter, model, name)
-            curves.append(language_model.fit(drafter, losses_of, train, steps, name))
+            losses[name] = language_model.fit(drafter, losses_of, train, steps, name)
             accepted = _accepted(drafter, model, test)
             share = _share(accepted, test)
-            trainings.append({"formula": name, "accepted": share, "last_loss": curves[-1][-1]})
+            trainings.append({"formula": name, "accepted": share, "last_loss": losses[name][-1]})
         with torch.no_grad():
             nats = model.losses(test)[0].item()
             predicted, target = drafter(model, test[0])
 
     # The loss alone, forward and backward, on what a drafter has learned.
+    predicted.requires_grad_()
     operands = (target, None, drafted(test))
-    alone = {
-        name: partial(_gradient, name, predicted.requires_grad_(), operands) for name in FORMULAS
-    }
+    alone = {name: partial(_gradient, name, predicted, operands) for name in FORMULAS}
     timings = measure({name: [step] for name, step in alone.items()}, device, LOSS_SECONDS)
     for training in trainings:
         training["loss_ms"] = timings[training["formula"]].median_ms
         training["loss_peak_bytes"] = peak_extra_bytes(alone[training["formula"]], device)
-    machine, losses = describe(device), np.asarray(curves)
-    distance = np.abs(losses[0] - losses[1])
-    # As many points of the curves as a picture shows.
-    chosen = range(0, steps, max(steps // POINTS, 1))
+    machine = describe(device)
     plain = {
         **asdict(machine),
         "model_nats": nats,  # of its entropy, for a held-out character
         "drafted_characters": int(drafted(test).sum()),
         "untrained_accepted": untrained,
-        "largest_difference": distance.max(),
         "loss_shape": list(predicted.shape),
         "trainings": trainings,
-        "curves": [
-            {"step": at + 1, **dict(zip(FORMULAS, losses[:, at], strict=True)), "gap": distance[at]}
-            for at in chosen
-        ],
+        **curves.compared(losses),
     }
     path = options.out / f"drafter{'-quick' if options.quick else ''}.json"
     write_json(path, plain)
@@ -148,7 +139,8 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"Accepted: the share of {plain['drafted_characters']} drafted characters of held-out"
         f" docstrings that the language\nmodel chooses too; {untrained:.3f} before training. The"
-        f" loss curves differ by {distance.max():.2g} at most.\nWrote {path} and a picture."
+        f" loss curves differ by {plain['largest_difference']:.2g} at most.\n"
+        f"Wrote {path} and a picture."
     )
     shares = [training["accepted"] for training in trainings]
     return int(max(shares) - min(shares) > ALLOWED_GAP or min(shares) <= untrained)
@@ -198,7 +190,12 @@ def _draw(
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     rows: Any = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     panels = rows[0].subfigures(1, 2, width_ratios=(1.2, 1))
-    _draw_curves(plain, panels[0].subplots(2, 1, sharex=True, height_ratios=(2, 1)))
+    pair = panels[0].subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    labels = {
+        training["formula"]: f"{training['formula']}: {training['accepted']:.3f} accepted"
+        for training in plain["trainings"]
+    }
+    curves.draw(pair, plain, "value loss", labels)
     memory, time = panels[1].subplots(1, 2)
     _draw_bars(memory, plain, "loss_peak_bytes", 1e6, "peak extra MB, gradient included")
     _draw_bars(time, plain, "loss_ms", 1.0, "ms, forward + backward")
@@ -216,28 +213,6 @@ def _draw(
     rows[1].legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _draw_curves(plain: dict[str, Any], pair: Sequence[Axes]) -> None:
-    above, below = pair
-    steps, *curves, distance = np.asarray([list(point.values()) for point in plain["curves"]]).T
-    # The second curve lies on the first one, so it is drawn thinner and dashed.
-    for training, curve, look in zip(plain["trainings"], curves, ("-", "--"), strict=True):
-        name = training["formula"]
-        label = f"{name}: {training['accepted']:.3f} accepted"
-        width = 3.0 if look == "-" else 1.2
-        above.plot(steps, curve, look, color=STYLES[name][0], linewidth=width, label=label)
-    above.set_ylabel("value loss")
-    above.set_title(f"{plain['device']}\ntorch {plain['torch']}", fontsize=10)
-    above.legend(frameon=False)
-    # A logarithmic axis has no place for the steps at which the two are the same number.
-    below.plot(steps, np.where(distance > 0, distance, nan), ".", color="#c0392b")
-    below.set_ylabel("distance of the curves")
-    below.set_xlabel("step")
-    below.set_title(f"largest of all steps {plain['largest_difference']:.2g}", fontsize=10)
-    for axes in pair:
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
 
 
 def _draw_bars(axes: Axes, plain: dict[str, Any], key: str, unit: float, title: str) -> None:

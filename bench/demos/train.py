@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench import rpn
+from bench.demos import curves
 from bench.measure import measure, peak_extra_bytes
-from bench.plot import STYLES
 from bench.report import RESULTS, console, describe, write_json
 from bench.rivals import FUSED, Formula, classic
 from fused_smoothl1 import smooth_l1_loss
@@ -57,7 +57,6 @@ VIEWS = 4  # canvases in the picture
 FOUND_IOU = 0.5
 ALLOWED_GAP = 0.05  # of recall, between the two trainings
 LOSS_SECONDS = 1.0  # for timing the loss alone
-POINTS = 250  # of the curves, in the file and in the picture
 DRAWN_SCORE = 0.5  # proposals below it are not drawn
 PROPOSED, TRUE = "#21c45d", "#ff9f1c"
 Batch = tuple[Tensor, ...]  # canvases (B, 1, H, W), the RPN's targets and weights (B, 4A, h, w)
@@ -105,15 +104,15 @@ def main(arguments: Sequence[str]) -> int:
     _, train = _scenes(canvases, scans[:-HELD_OUT_SCANS], SEED, device)
     scenes, test = _scenes(held_out, scans[-HELD_OUT_SCANS:], SEED + 1, device)
     trainings: list[dict[str, Any]] = []
-    curves: list[list[float]] = []
+    losses: dict[str, list[float]] = {}
     # Convolutions that add in another order at each run would hide what the loss does.
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
         untrained = _recall(_network(device), scenes, test)
         for name in FORMULAS:
             network = _network(device)
-            curves.append(_train(network, name, train, steps))
+            losses[name] = _train(network, name, train, steps)
             recall = _recall(network, scenes, test)
-            trainings.append({"formula": name, "recall": recall, "last_loss": curves[-1][-1]})
+            trainings.append({"formula": name, "recall": recall, "last_loss": losses[name][-1]})
         views = [_propose(network, canvas[None]) for canvas in test[0][:VIEWS]]
 
     # The loss alone, forward and backward, on what a network has learned.
@@ -124,20 +123,13 @@ def main(arguments: Sequence[str]) -> int:
     for training in trainings:
         training["loss_ms"] = timings[training["formula"]].median_ms
         training["loss_peak_bytes"] = peak_extra_bytes(alone[training["formula"]], device)
-    machine, losses = describe(device), np.asarray(curves)
-    distance = np.abs(losses[0] - losses[1])
-    # As many points of the curves as a picture shows.
-    chosen = range(0, steps, max(steps // POINTS, 1))
+    machine = describe(device)
     plain = {
         **asdict(machine),
         "digits": sum(len(scene.boxes) for scene in scenes),
         "untrained_recall": untrained,
-        "largest_difference": distance.max(),
         "trainings": trainings,
-        "curves": [
-            {"step": at + 1, **dict(zip(FORMULAS, losses[:, at], strict=True)), "gap": distance[at]}
-            for at in chosen
-        ],
+        **curves.compared(losses),
     }
     path = options.out / f"train{'-quick' if options.quick else ''}.json"
     write_json(path, plain)
@@ -151,7 +143,8 @@ def main(arguments: Sequence[str]) -> int:
     print(
         f"Recall: the share of {plain['digits']} held-out digits that one of the best {PROPOSALS}"
         f" proposals of their canvas\nmeets with IoU {FOUND_IOU}; {untrained:.3f} before training."
-        f" The loss curves differ by {distance.max():.2g} at most.\nWrote {path} and a picture."
+        f" The loss curves differ by {plain['largest_difference']:.2g} at most.\n"
+        f"Wrote {path} and a picture."
     )
     recalls = [training["recall"] for training in trainings]
     return int(max(recalls) - min(recalls) > ALLOWED_GAP or min(recalls) <= untrained)
@@ -246,25 +239,12 @@ def _draw(plain: dict[str, Any], scenes: list[rpn.Scene], views: list[Any], path
     """Draw the curves and their distance on the left, canvases with proposals on the right."""
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=(1, 1.35))
-    above, below = panels[0].subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    steps, *curves, distance = np.asarray([list(point.values()) for point in plain["curves"]]).T
-    # The second curve lies on the first one, so it is drawn thinner and dashed.
-    for training, curve, look in zip(plain["trainings"], curves, ("-", "--"), strict=True):
-        name = training["formula"]
-        label = f"{name}: recall {training['recall']:.3f}"
-        width = 3.0 if look == "-" else 1.2
-        above.plot(steps, curve, look, color=STYLES[name][0], linewidth=width, label=label)
-    above.set_ylabel("box loss")
-    above.set_title(f"{plain['device']}\ntorch {plain['torch']}", fontsize=10)
-    above.legend(frameon=False)
-    # A logarithmic axis has no place for the steps at which the two are the same number.
-    below.plot(steps, np.where(distance > 0, distance, np.nan), ".", color="#c0392b")
-    below.set_ylabel("distance of the curves")
-    below.set_xlabel("step")
-    below.set_title(f"largest of all steps {plain['largest_difference']:.2g}", fontsize=10)
-    for axes in (above, below):
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
+    labels = {
+        training["formula"]: f"{training['formula']}: recall {training['recall']:.3f}"
+        for training in plain["trainings"]
+    }
+    pair = panels[0].subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    curves.draw(pair, plain, "box loss", labels)
     for axes, scene, (boxes, scores) in zip(
         panels[1].subplots(2, 2).flat, scenes[:VIEWS], views, strict=True
     ):

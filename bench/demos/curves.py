@@ -1,0 +1,48 @@
+"""The loss curves of trainings that differ by their formula alone, for a file and a picture."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from bench.plot import STYLES
+
+POINTS = 250  # of the curves, in the file and in the picture
+
+
+def compared(losses: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return the largest distance of two formulas' losses, and points of the curves."""
+    first, second = (np.asarray(own) for own in losses.values())
+    distance = np.abs(first - second)
+    # As many points of the curves as a picture shows.
+    chosen = range(0, len(distance), max(len(distance) // POINTS, 1))
+    curves = [
+        {"step": at + 1, **{name: own[at] for name, own in losses.items()}, "gap": distance[at]}
+        for at in chosen
+    ]
+    return {"largest_difference": distance.max(), "curves": curves}
+
+
+def draw(pair: Sequence[Axes], plain: dict[str, Any], loss: str, labels: Mapping[str, str]) -> None:
+    """Draw the curves above, with a label for each formula, and their distance below.
+
+    `plain` is the demo's report: the machine, and what `compared` returns.
+    """
+    above, below = pair
+    steps, *curves, distance = np.asarray([list(point.values()) for point in plain["curves"]]).T
+    # The second curve lies on the first one, so it is drawn thinner and dashed.
+    for (name, label), curve, look in zip(labels.items(), curves, ("-", "--"), strict=True):
+        width = 3.0 if look == "-" else 1.2
+        above.plot(steps, curve, look, color=STYLES[name][0], linewidth=width, label=label)
+    above.set_ylabel(loss)
+    above.set_title(f"{plain['device']}\ntorch {plain['torch']}", fontsize=10)
+    above.legend(frameon=False)
+    # A logarithmic axis has no place for the steps at which the two are the same number.
+    below.plot(steps, np.where(distance > 0, distance, np.nan), ".", color="#c0392b")
+    below.set_ylabel("distance of the curves")
+    below.set_xlabel("step")
+    below.set_title(f"largest of all steps {plain['largest_difference']:.2g}", fontsize=10)
+    for axes in pair:
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
