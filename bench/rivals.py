@@ -31,7 +31,7 @@ from fused_smoothl1 import functional, smooth_l1_loss
 
 ATEN_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as PyTorch's operators number them
 Step = Callable[[], tuple[Tensor, Tensor | None]]
-Formula = Callable[..., Tensor]  # of the arguments of `smooth_l1_loss`, with sigma
+Formula = Callable[..., Tensor]  # of the arguments of `smooth_l1_loss`
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,26 @@ def composition(
     inside: Tensor | None = None,
     outside: Tensor | None = None,
     *,
-    sigma: float,
+    sigma: float = 1.0,
+    beta: Tensor | None = None,
     reduction: str,
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """Put the weights around F.smooth_l1_loss, and let it reduce where it can."""
+    """Put the weights around F.smooth_l1_loss, and let it reduce where it can.
+
+    It takes no tensor as beta: with one the formula is written out.
+    """
     input, target = _widen(input), _widen(target)
     if inside is not None:
         # The difference is weighted once. Weighting both operands costs as much and cancels digits.
         input, target = inside * (input - target), input.new_zeros(()).expand_as(input)
-    reduces = outside is None and reduction != "batchmean"
-    loss = F.smooth_l1_loss(
-        input, target, beta=sigma**-2, reduction=reduction if reduces else "none"
-    )
+    reduces = outside is None and beta is None and reduction != "batchmean"
+    if beta is None:
+        own = reduction if reduces else "none"
+        loss = F.smooth_l1_loss(input, target, beta=sigma**-2, reduction=own)
+    else:
+        size = (input - target).abs()
+        loss = torch.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
     if reduces:
         return loss if normalizer is None else loss / normalizer
     return _reduce(_weighted(loss, outside), normalizer, input.shape[0], reduction)
@@ -165,7 +172,10 @@ def _for_case(formula: Formula, workload: Workload) -> Formula:
     """Return what takes the formula's place on this workload, or the formula."""
     if workload.spec.case != "drafter":
         return formula
-    in_place_of = {composition: composition_for_drafter, smooth_l1_loss: fused_for_drafter}
+    in_place_of: dict[Formula, Formula] = {
+        composition: composition_for_drafter,
+        smooth_l1_loss: fused_for_drafter,
+    }
     return in_place_of.get(formula, formula)
 
 
@@ -251,7 +261,12 @@ RIVALS = (
     Rival(
         "flag_gems",
         partial(autograd_step, _flag_gems),
-        lambda w: find_spec("flag_gems") is not None and w.input.is_cuda and not w.is_weighted,
+        lambda w: (
+            find_spec("flag_gems") is not None
+            and w.input.is_cuda
+            and not w.is_weighted
+            and w.beta is None
+        ),
     ),
     Rival(FUSED, partial(autograd_step, smooth_l1_loss)),
 )

@@ -1,6 +1,7 @@
 """The workloads: which operands, of which sizes and types, the loss is measured on."""
 
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ RPN = 86_184  # elements of an RPN's output at 600 x 1000 pixels
 COORDINATES = 4
 SELECTED_BOXES = 0.01  # of `row_mask`
 SELECTED_ELEMENTS = 0.5  # of `element_mask`
-BATCH, HIDDEN = 8, 4096  # of `drafter`: sequences, and the size of a token's hidden state
+# Of `drafter`, by device: sequences, and the size of a token's hidden state.
+DRAFTED = {"cuda": (8, 4096), "cpu": (2, 1024)}
+LATENTS = (4, 64, 64)  # of an image, which a diffusion model learns: a sample of `tensor_beta`
 SELECTED_TOKENS = 0.5
 FLOAT16_LOSS_SCALE = 65536.0  # GradScaler's first scale: without one, float16 gradients underflow
 SEED = 20_150_604
@@ -57,10 +60,12 @@ class Workload:
     target: Tensor
     inside_weights: Tensor | None = None
     outside_weights: Tensor | None = None
+    beta: Tensor | None = None
     normalizer: Tensor | None = None
     upstream: Tensor | None = None
     reduction: str = "mean"
     sigma: float = 1.0
+    """Where there is no tensor `beta`."""
 
     @property
     def backward(self) -> bool:
@@ -80,7 +85,8 @@ class Workload:
     @property
     def options(self) -> dict[str, Any]:
         """The loss's other arguments."""
-        return {"sigma": self.sigma, "reduction": self.reduction, "normalizer": self.normalizer}
+        others = {"reduction": self.reduction, "normalizer": self.normalizer}
+        return others | ({"sigma": self.sigma} if self.beta is None else {"beta": self.beta})
 
     @property
     def loss_scale(self) -> float:
@@ -144,6 +150,7 @@ def _gpu_specs() -> list[Spec]:
     listed += [Spec("drafter", largest, brain, graph=True)]
     listed += [Spec("no_weights", n, graph=True) for n in (HEAD, RPN, 2**22)]
     listed += [Spec(case, n, graph=True) for n in (2**24, 2**22) for case in ("dense", "row_mask")]
+    listed += [Spec("tensor_beta", largest), Spec("tensor_beta", largest, graph=True)]
     plain = ("no_weights", "none", "broadcast")
     listed += [Spec(case, largest) for case in plain]
     listed += [Spec("dense", largest, half), Spec("row_mask", largest, brain)]
@@ -157,7 +164,8 @@ def _cpu_specs() -> list[Spec]:
     listed = [Spec("rpn", RPN)]
     for case in ("dense", "row_mask", "element_mask", "broadcast", "no_weights", "none"):
         listed += [Spec(case, n) for n in (HEAD, RPN, 2**20, 2**22, 2**24)]
-    return [*listed, Spec("kernelbench", 2**24), Spec("drafter", 2**22)]
+    listed += [Spec("tensor_beta", n) for n in (2**20, 2**22, 2**24)]
+    return [*listed, Spec("kernelbench", 2**24), Spec("drafter", 2**19)]
 
 
 def build(spec: Spec, device: torch.device) -> Workload:
@@ -174,9 +182,12 @@ def build(spec: Spec, device: torch.device) -> Workload:
         return (uniform(*shape) + 0.5).to(spec.dtype)
 
     boxes = (spec.numel // COORDINATES, COORDINATES)
-    tokens = (BATCH, spec.numel // HIDDEN // BATCH, HIDDEN)
+    batch, hidden = DRAFTED[device.type]
+    tokens = (batch, spec.numel // batch // hidden, hidden)
     matrix = (round(spec.numel**0.5),) * 2
-    shape = {"kernelbench": matrix, "drafter": tokens}.get(spec.case, boxes)
+    samples = (spec.numel // prod(LATENTS), *LATENTS)
+    shapes = {"kernelbench": matrix, "drafter": tokens, "tensor_beta": samples}
+    shape = shapes.get(spec.case, boxes)
     plain = Workload(spec, normal(*shape).requires_grad_(), normal(*shape))
     match spec.case:
         case "no_weights":  # two reads and one write
@@ -201,8 +212,10 @@ def build(spec: Spec, device: torch.device) -> Workload:
             # Hidden states of tokens, which drafters of speculative decoding regress: the mean over
             # a state, then the mean over the selected tokens. The normalizer stands for both.
             mask = uniform(*tokens[:2], 1) < SELECTED_TOKENS
-            selected = drafter_normalizer(mask, HIDDEN)
+            selected = drafter_normalizer(mask, hidden)
             return replace(plain, reduction="sum", outside_weights=mask, normalizer=selected)
+        case "tensor_beta":  # one for each sample, as a schedule of a diffusion's noise gives it
+            return replace(plain, beta=uniform(len(plain.input), 1, 1, 1))
         case "kernelbench":  # its level 1, problem 96: a square matrix, and no gradient
             return replace(plain, input=plain.input.detach())
         case "rpn":  # of one training image, and a prediction as of a young network

@@ -315,7 +315,10 @@ def test_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
     found = host.host_us(torch.device("cpu"))
     bare = {"fused_us": 500.0, "torch_us": 250.0, "ratio": 2.0}
     composed = {**bare, "composition_us": 500.0}
-    assert found == {"plain": bare, "weighted": composed, "masked": composed, "none": bare}
+    assert found == {
+        **{"plain": bare, "tensor_beta": bare, "weighted": composed, "masked": composed},
+        "none": bare,
+    }
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")

@@ -46,6 +46,19 @@ def test_beta_0(device: str) -> None:
         F.huber_loss(input, target, delta=0.0)
 
 
+@pytest.mark.parametrize("loss", ALL)
+def test_transition_of_each_element(loss: Loss, device: str) -> None:
+    input = gaussian(6, seed=1, device=device)
+    values = torch.ones(6, device=device, requires_grad=True)
+    options = {"delta" if loss is HUBER else "beta": values}
+    if _is_ours(loss):
+        loss(input, torch.zeros_like(input), **options).backward()
+        assert values.grad is not None
+    else:
+        with pytest.raises((TypeError, RuntimeError)):
+            loss(input, torch.zeros_like(input), **options)
+
+
 def test_weights_of_huber_have_full_size(device: str) -> None:
     input, weights = gaussian(6, 4, seed=1, device=device), torch.ones(6, 1, device=device)
     smooth_l1_loss(input, torch.zeros_like(input), outside_weights=weights)

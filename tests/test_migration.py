@@ -6,6 +6,7 @@ they publish, so that no detector has to be installed.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def pair(device: str) -> tuple[Tensor, Tensor]:
     return one.double(), other.double()
 
 
-def _assert_equal(old: Loss, new: Loss, pair: tuple[Tensor, Tensor]) -> None:
+def _assert_equal(old: Loss, new: Loss, pair: tuple[Tensor, Tensor], rtol: float = 1e-12) -> None:
     """Compare losses, and the gradients of both operands under an upstream gradient of 3."""
     results = []
     for loss in (old, new):
@@ -37,7 +38,7 @@ def _assert_equal(old: Loss, new: Loss, pair: tuple[Tensor, Tensor]) -> None:
         results.append((value, *gradients))
     for before, after in zip(*results, strict=True):
         assert before.shape == after.shape
-        torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(after, before, rtol=rtol, atol=1e-15)
         assert after.count_nonzero() > 0
 
 
@@ -191,6 +192,88 @@ def test_mmdetection_avg_factor(on_device: bool, pair: tuple[Tensor, Tensor], de
     )
     # In float32, mmdetection's precision, its epsilon is below the last digit: leave it out.
     assert torch.tensor(exact, dtype=torch.float32) == avg_factor
+
+
+def _by_hand(input: Tensor, target: Tensor, beta: Tensor) -> Tensor:
+    """Do what is written where there is a beta for each sample."""
+    size = (input - target).abs()
+    return torch.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("k", [1, 10, ROWS])
+def test_dynamic_rcnn(k: int, reduction: str, pair: tuple[Tensor, Tensor]) -> None:
+    """The k-th smallest of the targets' errors, without a wait for it."""
+    beta = torch.kthvalue(pair[1][:, :2].abs().mean(1), k)[0]
+    _assert_equal(
+        lambda a, b: functional.smooth_l1_loss(a, b, beta=beta.item(), reduction=reduction),
+        lambda a, b: smooth_l1_loss(a, b, beta=beta, reduction=reduction),
+        pair,
+    )
+    criterion = SmoothL1Loss(beta=torch.ones_like(beta), reduction=reduction)
+    criterion.get_buffer("beta").copy_(beta)
+    _assert_equal(
+        lambda a, b: functional.smooth_l1_loss(a, b, beta=beta.item(), reduction=reduction),
+        criterion,
+        pair,
+    )
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_transition_for_each_sample(reduction: str, device: str) -> None:
+    """Smooth L1's, and Huber's."""
+    a, b, beta = (
+        gaussian(*shape, seed=seed, dtype=torch.float64, device=device)
+        for seed, shape in enumerate([(5, 4, 3, 2), (5, 4, 3, 2), (5, 1, 1, 1)])
+    )
+    beta = beta.abs()
+    reduce: Any = {
+        "none": lambda losses: losses,
+        "sum": torch.sum,
+        "mean": torch.mean,
+    }[reduction]
+    _assert_equal(
+        lambda a, b: reduce(_by_hand(a, b, beta)),
+        lambda a, b: smooth_l1_loss(a, b, beta=beta, reduction=reduction),
+        (a, b),
+    )
+
+    def huber(a: Tensor, b: Tensor) -> Tensor:
+        samples = zip(a, b, beta.flatten().tolist(), strict=True)
+        losses = [functional.huber_loss(x, y, delta=d, reduction="none") for x, y, d in samples]
+        return reduce(torch.stack(losses))
+
+    _assert_equal(
+        huber,
+        lambda a, b: smooth_l1_loss(a, b, outside_weights=beta, beta=beta, reduction=reduction),
+        (a, b),
+    )
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_eagle(share: float, device: str) -> None:
+    """A mean over each hidden state, then over the tokens of a mask, if it has any."""
+    a, b = (gaussian(2, 9, 16, seed=s, dtype=torch.float64, device=device) for s in (1, 2))
+    mask = coin(2, 9, 1, seed=3, p=share, device=device)
+    tokens = mask.sum() + 1e-5
+
+    def eagle(a: Tensor, b: Tensor) -> Tensor:
+        losses = functional.smooth_l1_loss(a, b, reduction="none")
+        return torch.sum(torch.mean(mask * losses, 2)) / tokens
+
+    def new(a: Tensor, b: Tensor) -> Tensor:
+        return smooth_l1_loss(
+            a, b, outside_weights=mask, reduction="sum", normalizer=a.shape[-1] * tokens
+        )
+
+    if share:
+        # (The number of tokens with its epsilon is a float32.)
+        _assert_equal(eagle, new, (a, b), rtol=1e-6)
+    else:
+        assert eagle(a, b) == new(a, b) == 0.0
 
 
 @pytest.mark.usefixtures("backend")

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import check, measure, rivals
 from bench.rivals import FUSED, RIVALS
-from bench.workloads import HIDDEN, Spec, Workload, build, rotation, specs
+from bench.workloads import Spec, Workload, build, rotation, specs
 from tests import oracle
 
-# Whole hidden states for `drafter`, and more than one tile of any.
-NUMEL = 8 * 4 * HIDDEN
+# Whole hidden states for `drafter`, whole samples for `tensor_beta`, and more than a tile of any.
+NUMEL = 2**17
 MASKS = ("row_mask", "element_mask", "drafter")
-CASES = ("dense", "kernelbench", "none", "broadcast", "no_weights", *MASKS)
+CASES = ("dense", "kernelbench", "none", "broadcast", "no_weights", "tensor_beta", *MASKS)
 
 
 def numel_of(case: str) -> int:
@@ -46,9 +46,7 @@ def test_right_answer(case: str, block: int, device: str, monkeypatch: pytest.Mo
             workload.target,
             workload.inside_weights,
             workload.outside_weights,
-            beta=workload.sigma**-2,
-            reduction=workload.reduction,
-            normalizer=workload.normalizer,
+            **workload.options,
             upstream=workload.loss_scale if workload.upstream is None else workload.upstream,
         )
         pairs = [(truth.loss, answer.loss)]
@@ -184,7 +182,7 @@ def test_copies_lie_in_other_memory(case: str) -> None:
     copies = rotation(workload, cache_bytes=wanted // 2, most=10)
     assert len(copies) == 5
     assert len(rotation(workload, cache_bytes=wanted, most=3)) == 3
-    fields = ("input", "target", "inside_weights", "outside_weights", "upstream")
+    fields = ("input", "target", "inside_weights", "outside_weights", "beta", "upstream")
     for field in fields:
         tensors = [getattr(copy, field) for copy in copies if getattr(copy, field) is not None]
         assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
