@@ -290,7 +290,8 @@ def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Need
         if needs[4] and isinstance(beta, Tensor):
             # (At 0 with beta 0 the loss is linear, though its slope is 0.)
             is_linear_at_0 = (gradient == 0).logical_and_(beta == 0)
-            grad_beta = gradient.square().masked_fill_(is_linear_at_0, 1).mul_(-0.5)
+            grad_beta = torch.square(gradient, out=torch.empty_like(gradient))
+            grad_beta.masked_fill_(is_linear_at_0, 1).mul_(-0.5)
         for weights in (scale, outside):
             for product in (gradient, grad_beta):
                 if weights is not None and product is not None:

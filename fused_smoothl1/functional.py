@@ -302,8 +302,12 @@ def _transition(
 def _beta_of(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return beta in this dtype: 1 / sigma², and NaN where sigma is not in (0, inf]."""
     sigma = sigma.to(dtype)
-    # Squared last and kept finite: sigma may be inf, or have a square that underflows.
-    return nan_unless(sigma > 0, sigma.reciprocal().square().clamp(max=LARGEST[dtype]))
+    is_allowed = sigma > 0
+    # So that beta is finite.
+    least = 1.01 * LARGEST[dtype] ** -0.5
+    beta = torch.where(is_allowed, sigma, 1).clamp(min=least).reciprocal().square()
+    # A sigma that is not allowed has beta's own gradient: NaN, or 0 where a mask excludes it.
+    return nan_unless(is_allowed, torch.where(is_allowed, beta, sigma))
 
 
 def _number(name: str, value: Any, alternative: str = "") -> float:

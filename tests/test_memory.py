@@ -8,6 +8,7 @@ much smaller, so that a small input is enough to see a copy.
 """
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -189,6 +190,19 @@ def test_no_operand_is_copied(layout: str, case: str, backend: str, device: str)
     assert peak < 4 * n + _allowed(backend, buffers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (-1, 1), (64,), (-1, 64)], ids=str)
+def test_beta_is_not_copied(
+    shape: tuple[int, ...], dtype: torch.dtype, triton_backend: str, device: str
+) -> None:
+    """Eager PyTorch makes its inverse, in its own shape."""
+    rows = _size(triton_backend, device) // 64
+    operands = [_filled(rows, 64, device=device, requires_grad=i == 0) for i in range(2)]
+    own = (rows if size == -1 else size for size in shape)
+    peak = _peak(operands, device, 2.0, beta=_filled(*own, dtype=dtype, device=device))
+    assert peak < 4 * rows * 64 + _allowed(triton_backend)
+
+
 @pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16])
 def test_operands_are_not_converted_together(mixed: torch.dtype, backend: str, device: str) -> None:
     n = _size(backend, device)
@@ -263,13 +277,17 @@ class _Reads(TorchDispatchMode):
 def test_kernel_path_has_no_host_synchronisation(triton_backend: str, device: str) -> None:
     """No operator reads a value on the host; on a GPU PyTorch itself is told to object."""
     operands = [_filled(40, 5, device=device, requires_grad=i == 0) for i in range(3)]
-    count = torch.tensor(7, device=device)
+    count, betas = torch.tensor(7, device=device), _filled(40, 1, device=device)
     smooth_l1_loss(*operands)
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
         for weights in ([], [_filled(40, 1, dtype=torch.bool, device=device)]):
-            for options in ({"reduction": "none"}, {"reduction": "sum", "normalizer": count}):
+            reductions = ({"reduction": "none"}, {"reduction": "sum", "normalizer": count})
+            ways: list[dict[str, Any]] = [{}, {"beta": betas}, {"sigma": betas}]
+            transitions = [*ways, {"beta": betas.mean()}]
+            for own, transition in itertools.product(reductions, transitions):
+                options: dict[str, Any] = {**own, **transition}
                 for upstream in (1.0, 2.0):
                     with _Reads() as reads:
                         loss = smooth_l1_loss(*operands, *weights, **options)

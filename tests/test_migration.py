@@ -243,7 +243,8 @@ def test_a_transition_for_each_sample(reduction: str, device: str) -> None:
     def huber(a: Tensor, b: Tensor) -> Tensor:
         samples = zip(a, b, beta.flatten().tolist(), strict=True)
         losses = [functional.huber_loss(x, y, delta=d, reduction="none") for x, y, d in samples]
-        return reduce(torch.stack(losses))
+        result: Tensor = reduce(torch.stack(losses))
+        return result
 
     _assert_equal(
         huber,

@@ -89,14 +89,28 @@ def weights(draw: st.DrawFn, shape: tuple[int, ...], special: bool) -> Any:
         return draw(st.sampled_from([0, 1, -2, 0.5, 0.0, 1.7]))
     if kind == "bool":
         return draw(st.booleans())
+    dtype = draw(st.sampled_from(REAL))
+    return draw(tensors(draw(patterns(shape)), dtype, special))
+
+
+@st.composite
+def patterns(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape that broadcasts to another one."""
+    if draw(st.integers(0, 2)) == 0:
+        return shape
     dims = draw(st.integers(0, len(shape)))
-    pattern = tuple(
+    return tuple(
         1 if draw(st.booleans()) else n for n in (shape[len(shape) - dims :] if dims else ())
     )
-    if draw(st.integers(0, 2)) == 0:
-        pattern = shape
-    dtype = draw(st.sampled_from(REAL))
-    return draw(tensors(pattern, dtype, special))
+
+
+@st.composite
+def transitions(draw: st.DrawFn, shape: tuple[int, ...], special: bool) -> dict[str, Tensor]:
+    """Return a tensor as beta or sigma; values that are not allowed only where any are special."""
+    value = draw(tensors(draw(patterns(shape)), draw(st.sampled_from(FLOATS)), special))
+    value = value if special else value.abs() + 0.1
+    name = draw(st.sampled_from(["sigma", "beta", "beta"]))
+    return {name: value.requires_grad_(draw(st.booleans()))}
 
 
 @st.composite
@@ -118,7 +132,8 @@ def calls(draw: st.DrawFn) -> Call:
     reduction = draw(st.sampled_from(["none", "sum", "mean", "batchmean"]))
     options: dict[str, Any] = {"reduction": reduction}
     width = draw(st.sampled_from([{}, {"sigma": 3.0}, {"sigma": 0.7}, {"sigma": math.inf}]))
-    options |= draw(st.sampled_from([width, {"beta": 0.25}, {"beta": 0.0}, {"beta": 2}]))
+    width = draw(st.sampled_from([width, {"beta": 0.25}, {"beta": 0.0}, {"beta": 2}]))
+    options |= draw(transitions(shape, special)) if draw(st.booleans()) else width
     upstream: Any = draw(st.sampled_from([1.0, 1.0, -2.5, 0.0, 65536.0, 1e-3]))
     if reduction == "none" and draw(st.booleans()):
         upstream = gaussian(*shape, seed=draw(st.integers(0, 99)))
@@ -150,7 +165,7 @@ def bad_calls(draw: st.DrawFn) -> Call:
     elif what == "reduction":
         options["reduction"] = draw(st.sampled_from(["avg", "Sum", ""]))
     elif what == "both":
-        options |= {"sigma": 2.0, "beta": 0.25}
+        options |= {"sigma": 2.0} if "beta" in options else {"sigma": 2.0, "beta": 0.25}
     else:
         options.pop("beta", None)
         options["sigma"] = draw(st.sampled_from([0.0, -1.0, math.nan]))
