@@ -125,6 +125,7 @@ def _sharded(
         factor, mask = gaussian(rows, 1, seed=3), coin(rows, 4, seed=4)
         tensors[0][~mask] = NAN
         placement = [Shard(dim)]
+        transitions: list[dict[str, Any]] = [{"sigma": 2.0}, {"sigma": 2.0}]
         input, target = (distribute_tensor(t, mesh, placement) for t in tensors)
         input.requires_grad_()
         if weights == "none":
@@ -132,11 +133,13 @@ def _sharded(
             plain: list[Any] = [*tensors, None, mask]
         else:
             split = weights == "sharded"
-            rows_too = split and dim == 0
+            of_rows = [Shard(0) if split and dim == 0 else Replicate()]
+            beta = gaussian(rows, 1, seed=6).abs()
+            transitions = [{"beta": distribute_tensor(beta, mesh, of_rows)}, {"beta": beta}]
             operands = [
                 input,
                 target,
-                distribute_tensor(factor, mesh, [Shard(0) if rows_too else Replicate()]),
+                distribute_tensor(factor, mesh, of_rows),
                 distribute_tensor(mask, mesh, placement if split else [Replicate()]),
             ]
             plain = [*tensors, factor, mask]
@@ -145,17 +148,18 @@ def _sharded(
             plain_chosen: dict[str, Any] = {"normalizer": mask.sum().clamp(min=1)}
         else:
             chosen = plain_chosen = dict(options)
-        loss = smooth_l1_loss(*operands, sigma=2.0, reduction=reduction, **chosen)
+        chosen, plain_chosen = {**chosen, **transitions[0]}, {**plain_chosen, **transitions[1]}
+        loss = smooth_l1_loss(*operands, reduction=reduction, **chosen)
 
         with backend_set("eager"):
             plain[0] = plain[0].clone().requires_grad_()
-            expected = smooth_l1_loss(*plain, sigma=2.0, reduction=reduction, **plain_chosen)
+            expected = smooth_l1_loss(*plain, reduction=reduction, **plain_chosen)
             upstream = gaussian(*expected.shape, seed=5)
             (gradient,) = torch.autograd.grad(expected, plain[0], upstream)
         assert isinstance(loss, DTensor)
         if reduction == "none":
             assert loss.placements == (Shard(dim),), loss.placements
-        elif reduction == "sum" and not chosen:
+        elif reduction == "sum" and "normalizer" not in chosen:
             assert loss.placements == (Partial("sum"),), loss.placements
         whole = loss.full_tensor()
         torch.testing.assert_close(whole, expected)
@@ -183,23 +187,24 @@ def _replicated(rank: int, mesh: Any) -> None:
     torch.testing.assert_close(input.grad.full_tensor(), local.grad)
 
 
-def _trained_weights(*shape: int) -> Callable[[int, Any], None]:
-    """Return a check of a replicated weight, whose gradient sums up what every rank has."""
+def _trained(shape: tuple[int, ...], *names: str) -> Callable[[int, Any], None]:
+    """Return a check of a replicated operand, whose gradient sums up what every rank has."""
 
     def check(rank: int, mesh: Any) -> None:
         whole = (gaussian(6, 4, seed=1), gaussian(6, 4, seed=2))
         for dim, reduction in ((0, "sum"), (1, "sum"), (0, "none")):
             input, target = (distribute_tensor(t, mesh, [Shard(dim)]) for t in whole)
-            local = gaussian(*shape, seed=3, requires_grad=True)
-            weights = distribute_tensor(local.detach(), mesh, [Replicate()]).requires_grad_()
-            loss = smooth_l1_loss(input, target, weights, weights, reduction=reduction)
-            expected = smooth_l1_loss(*whole, local, local, reduction=reduction)
+            local = gaussian(*shape, seed=3).abs().requires_grad_()
+            operand = distribute_tensor(local.detach(), mesh, [Replicate()]).requires_grad_()
+            options: dict[str, Any] = {"reduction": reduction, **dict.fromkeys(names, operand)}
+            loss = smooth_l1_loss(input, target, **options)
+            expected = smooth_l1_loss(*whole, **{**options, **dict.fromkeys(names, local)})
             assert isinstance(loss, DTensor)
             upstream = gaussian(*expected.shape, seed=5)
             loss.full_tensor().backward(upstream)
             expected.backward(upstream)
-            assert isinstance(weights.grad, DTensor)
-            torch.testing.assert_close(weights.grad.full_tensor(), local.grad)
+            assert isinstance(operand.grad, DTensor)
+            torch.testing.assert_close(operand.grad.full_tensor(), local.grad)
 
     return check
 
@@ -221,6 +226,11 @@ def _numbers_that_change(rank: int, mesh: Any) -> None:
         torch.testing.assert_close(input.grad.full_tensor(), whole[0].grad)
 
 
+TRAINED: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
+    *((("inside_weights", "outside_weights"), shape) for shape in ((1, 4), (4,))),
+    *((("beta",), shape) for shape in ((), (6, 1), (1, 4))),
+    (("sigma",), (6, 1)),
+]
 CHECKS: dict[str, Callable[[int, Any], None]] = {
     "ddp": _ddp,
     "ddp without positives on one rank": _ddp_without_positives_on_one_rank,
@@ -239,8 +249,8 @@ CHECKS: dict[str, Callable[[int, Any], None]] = {
     "dtensor with a dtensor as normalizer": _sharded(0, "sum", "sharded", normalizer="tensor"),
     "dtensor replicated": _replicated,
     **{
-        f"dtensor with trained weights of shape {shape}": _trained_weights(*shape)
-        for shape in ((1, 4), (4,))
+        f"dtensor with trained {' and '.join(names)} of shape {shape}": _trained(shape, *names)
+        for names, shape in TRAINED
     },
     "dtensor with numbers that change": _numbers_that_change,
 }

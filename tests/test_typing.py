@@ -42,6 +42,8 @@ def losses(pred: Tensor, target: Tensor) -> list[Tensor]:
         smooth_l1_loss(pred, target, mask, 2.0, beta=0.5, reduction="batchmean"),
         smooth_l1_loss(pred, target, None, 1, sigma=3, reduction="sum", normalizer=7),
         smooth_l1_loss(pred, target, outside_weights=mask, reduction="sum", normalizer=mask.sum()),
+        smooth_l1_loss(pred, target, beta=target.abs().median()),
+        smooth_l1_loss(pred, target, sigma=torch.ones(4)),
     ]
 
 
@@ -65,6 +67,8 @@ def losses(pred: Tensor, target: Tensor) -> None:
     smooth_l1_loss(pred, target, weight=1.0)  # no such argument
     smooth_l1_loss(pred, target, beta=1.0)
     SmoothL1Loss(0.5)  # beta by position
+    SmoothL1Loss(beta=[0.5])  # a list for a tensor
+    SmoothL1Loss(beta=pred)
     text: str = smooth_l1_loss(pred, target)  # a tensor for a string
 """
 
