@@ -108,9 +108,8 @@ def _smooth_l1(
     # zero tangent of a sign would be NaN.)
     sign = x.detach().sign()
     size = sign * x
-    is_linear = (
-        size >= least_linear
-    )  # NaN counts as quadratic: the sign would make its derivative 0.
+    # NaN counts as quadratic: the sign would make its derivative 0.
+    is_linear = size >= least_linear
     # Linear elements must not reach the quadratic branch's derivative, because 0 times inf is NaN.
     # Nor may the loss be a product of branches: for infinite upstream gradients, inf - inf is NaN.
     rest = torch.where(is_linear, 0, x)

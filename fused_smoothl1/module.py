@@ -28,7 +28,8 @@ class SmoothL1Loss(nn.Module):
         super().__init__()
         check_options(sigma, beta, reduction)
         for name, value in (("sigma", sigma), ("beta", beta)):
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            is_kept = isinstance(value, (nn.Parameter, nn.Buffer))  # where it is assigned
+            if isinstance(value, Tensor) and not is_kept:
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)

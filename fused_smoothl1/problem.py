@@ -192,9 +192,9 @@ def tensor_beta(beta: Tensor, dtype: torch.dtype) -> Tensor:
 def nan_unless(condition: Tensor, values: Tensor) -> Tensor:
     """Return the values, and NaN where the condition does not hold.
 
-    NaN is added to them: if it took their place, they would get a gradient of 0.
+    It is a sum with NaN: if that took their place, they would get a gradient of 0.
     """
-    return values + torch.zeros_like(values).masked_fill(~condition, math.nan)
+    return torch.where(condition, values, values + math.nan)
 
 
 def in_range(number: float, dtype: torch.dtype) -> float:

@@ -327,6 +327,13 @@ def test_module_keeps_a_tensor(backend: str, device: str) -> None:
         assert getattr(criterion.double(), name).dtype == torch.float64
 
 
+def test_module_keeps_a_buffer_as_it_is() -> None:
+    """One that is not to be saved is not."""
+    criterion = SmoothL1Loss(beta=nn.Buffer(torch.tensor(0.5), persistent=False))
+    assert dict(criterion.named_buffers()).keys() == {"beta"}
+    assert not criterion.state_dict()
+
+
 def test_module_trains_a_parameter(backend: str, device: str) -> None:
     """And a functional call puts another in its place."""
     input, target = _operands(device)[:2]
