@@ -7,7 +7,6 @@ which overflows.
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -102,7 +101,7 @@ def _smooth_l1(
     That is where the loss is linear, its slope there, and its slope elsewhere, which are combined
     only where a gradient is needed.
     """
-    beta, least_linear, inverse_beta = _transition(x, problem, selected)
+    beta, least_linear, divisor = _transition(x, problem, selected)
     half = _as_tensor(0.5, x)
     # (Not abs: its second derivative is a tensor without memory. Detached, because inf times the
     # zero tangent of a sign would be NaN.)
@@ -113,7 +112,9 @@ def _smooth_l1(
     # Linear elements must not reach the quadratic branch's derivative, because 0 times inf is NaN.
     # Nor may the loss be a product of branches: for infinite upstream gradients, inf - inf is NaN.
     rest = torch.where(is_linear, 0, x)
-    slope = rest * inverse_beta
+    # (Divided: an inverse would be saved as a result, which make_fx before dispatch takes for a
+    # constant, and its derivative has the square of it, which overflows.)
+    slope = rest / divisor
     loss = torch.where(is_linear, size - half * beta, half * (rest * slope))
     return loss, (is_linear, sign, slope)
 
@@ -126,21 +127,22 @@ def _of_beta(is_linear: Tensor, slope: Tensor) -> Tensor:
 def _transition(
     x: Tensor, problem: Problem, selected: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return beta, the least size of linear differences, and the inverse of beta.
+    """Return beta, the least size of linear differences, and what to divide others by.
 
-    Where the loss is L1 that is 0, so that only NaN counts as quadratic, and the inverse is 1: the
-    other elements are 0 there, and 0 times inf would be a NaN that nobody selects but anomaly
-    detection reports.
+    Where the loss is L1 the size is 0, so that only NaN counts as quadratic, and the divisor is 1:
+    the other elements are 0 there, and 0 divided by 0 would be a NaN that nobody selects but
+    anomaly detection reports.
     """
     if problem.beta is None:
-        number, inverse = beta_and_inverse(problem)
+        number, _ = beta_and_inverse(problem)
         beta = _as_tensor(number, x)
-        return beta, beta, _as_tensor(1.0 if inverse == math.inf else inverse, x)
+        return beta, beta, beta if number else _as_tensor(1.0, x)
     beta = tensor_beta(problem.beta, x.dtype)
     if selected is not None:
         beta = torch.where(selected, beta, 1)
     is_l1 = beta * _as_tensor(LARGEST[x.dtype], x) < 1  # As in `beta_and_inverse`.
-    return beta, torch.where(is_l1, 0, beta), torch.where(is_l1, 1, beta).reciprocal()
+    # (A sum, so that NaN reaches the gradient of a beta of 0.)
+    return beta, torch.where(is_l1, 0, beta), torch.where(is_l1, beta + 1, beta)
 
 
 def _quotient(value: Tensor, problem: Problem) -> Tensor:

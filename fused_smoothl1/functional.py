@@ -305,7 +305,9 @@ def _beta_of(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     is_allowed = sigma > 0
     # So that beta is finite.
     least = 1.01 * LARGEST[dtype] ** -0.5
-    beta = torch.where(is_allowed, sigma, 1).clamp(min=least).reciprocal().square()
+    divisor = torch.where(is_allowed, sigma, 1).clamp(min=least)
+    # (Divided, as in `composition`; PyTorch takes 1 / divisor for a reciprocal.)
+    beta = (torch.ones_like(divisor) / divisor).square()
     # A sigma that is not allowed has beta's own gradient: NaN, or 0 where a mask excludes it.
     return nan_unless(is_allowed, torch.where(is_allowed, beta, sigma))
 

@@ -43,9 +43,11 @@ def gaussian(
 
 
 def coin(*shape: int, seed: int, p: float = 0.5, device: str = "cpu") -> Tensor:
-    """Return a boolean mask of independent throws with probability p."""
+    """Return a boolean mask of independent throws with probability p, which differ."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator) < p).to(device)
+    mask = torch.rand(shape, generator=generator) < p
+    assert mask.numel() < 2 or p in (0, 1) or mask.any() != mask.all(), "take another seed"
+    return mask.to(device)
 
 
 def maker(device: str) -> Callable[..., Tensor]:

@@ -41,8 +41,8 @@ def _head() -> nn.Sequential:
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:
     """Return features, boxes and positives: more of them in the first half, NaN elsewhere."""
-    positive = coin(12, 1, seed=1, p=0.8)
-    positive[6:] = coin(6, 1, seed=2, p=0.3)
+    positive = coin(12, 1, seed=4, p=0.8)
+    positive[6:] = coin(6, 1, seed=1, p=0.3)
     target = gaussian(12, 4, seed=3).masked_fill(~positive, NAN)
     return gaussian(12, 8, seed=4), target, positive
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 from fused_smoothl1.problem import FLOAT_DTYPES
@@ -301,6 +303,54 @@ def test_transforms(name: str, shape: tuple[int, ...], backend: str, device: str
         dual = forward_ad.make_dual(value, torch.ones_like(value))
         duals = [forward_ad.unpack_dual(of(f)(*operands, dual)) for f in (smooth_l1_loss, composed)]
         torch.testing.assert_close(*(list(pair) for pair in duals))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_with_its_gradient(
+    name: str, tracing_mode: Any, pre_dispatch: bool, backend: str, device: str
+) -> None:
+    """A graph of make_fx serves other values than those that it was made with."""
+    input, target = (t.detach() for t in _operands(device)[:2])
+    value = _positive(6, 1, device=device, requires_grad=False)
+
+    def step(input: Tensor, target: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        value = value.detach().requires_grad_()
+        options: Any = {name: value}
+        loss = smooth_l1_loss(input, target, **options)
+        return loss, *torch.autograd.grad(loss, value)
+
+    captured = make_fx(step, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch)
+    graph = captured(input, target, value)
+    others = input + 1, target, value / 2
+    torch.testing.assert_close(graph(*others), step(*others))
+
+
+@pytest.mark.parametrize("beta", [0.0, 2e-38, 1e-25, 1e-15, 1e15, 1e25, 1e38])
+def test_extreme_betas_everywhere(beta: float, backend: str, device: str) -> None:
+    """No context squares what overflows: those that see operations compute as plain calls do."""
+    torch._dynamo.reset()
+    factors = torch.tensor([0.0, 0.5, -0.75, 2.0, math.nan], device=device)
+    input = torch.where(factors == 2.0, 2 * max(beta, 1e-30), factors * beta)
+    values = torch.full((5,), beta, device=device, requires_grad=True)
+
+    def loss(values: Tensor) -> Tensor:
+        return smooth_l1_loss(input, torch.zeros_like(input), beta=values, reduction="sum")
+
+    (plain,) = torch.autograd.grad(loss(values), values)
+    expected = torch.tensor([0.0, -0.125, -0.28125, -0.5, math.nan], device=device)
+    if beta == 0:
+        expected[:4] = -0.5
+    torch.testing.assert_close(plain, expected, equal_nan=True, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad(loss)(values), plain, equal_nan=True, rtol=1e-5, atol=0)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for traced in (compiled(values), loss(values)):
+        (found,) = torch.autograd.grad(traced, values, create_graph=True)
+        torch.testing.assert_close(found, plain, equal_nan=True, rtol=1e-5, atol=0)
+    with FlopCounterMode(display=False):
+        (found,) = torch.autograd.grad(loss(values), values)
+    torch.testing.assert_close(found, plain, equal_nan=True, rtol=1e-5, atol=0)
 
 
 def test_module_keeps_a_tensor(backend: str, device: str) -> None:
