@@ -4,7 +4,7 @@ The composition is PyTorch's own loss with the weights around it, so it shares n
 library; `tests/test_rivals.py` holds it against the tests' oracle.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,10 +85,10 @@ def _reference(workload: Workload, rows: slice) -> Expected:
     assert target is not None
     # A block does not know the whole, so it sums, and is divided by what the whole is divided by.
     reduction = "none" if workload.reduction == "none" else "sum"
-    options: dict[str, Any] = {"sigma": workload.sigma}
+    options = {**workload.options, "reduction": reduction, "normalizer": None}
     if workload.beta is not None:
-        options = {"beta": block(workload.beta)}
-    total = composition(input, target, inside, outside, **options, reduction=reduction)
+        options["beta"] = block(workload.beta)
+    total = composition(input, target, inside, outside, **options)
     numbers = {"mean": workload.input.numel(), "batchmean": len(workload.input)}
     divisor = numbers.get(workload.reduction, 1)
     loss = total / (divisor if workload.normalizer is None else workload.normalizer)

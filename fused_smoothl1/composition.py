@@ -7,19 +7,20 @@ which overflows.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from fused_smoothl1.hooks import may_hold
 from fused_smoothl1.problem import (
-    LARGEST,
     NO_GRADIENTS,
     Gradients,
     Needs,
     Problem,
     beta_and_inverse,
     in_range,
+    is_l1,
     split_weights,
     sum_to_operands,
     tensor_beta,
@@ -101,20 +102,31 @@ def _smooth_l1(
     That is where the loss is linear, its slope there, and its slope elsewhere, which are combined
     only where a gradient is needed.
     """
-    beta, least_linear, divisor = _transition(x, problem, selected)
+    inverse = math.inf
+    if problem.beta is None:
+        number, inverse = beta_and_inverse(problem)
+        beta = _as_tensor(number, x)
+    else:
+        beta = tensor_beta(problem.beta, x.dtype)
+        beta = beta if selected is None else torch.where(selected, beta, 1)
     half = _as_tensor(0.5, x)
     # (Not abs: its second derivative is a tensor without memory. Detached, because inf times the
     # zero tangent of a sign would be NaN.)
     sign = x.detach().sign()
     size = sign * x
     # NaN counts as quadratic: the sign would make its derivative 0.
-    is_linear = size >= least_linear
+    is_linear = size >= beta
     # Linear elements must not reach the quadratic branch's derivative, because 0 times inf is NaN.
     # Nor may the loss be a product of branches: for infinite upstream gradients, inf - inf is NaN.
     rest = torch.where(is_linear, 0, x)
-    # (Divided: an inverse would be saved as a result, which make_fx before dispatch takes for a
-    # constant, and its derivative has the square of it, which overflows.)
-    slope = rest / divisor
+    # If the loss is L1, only NaN is left, and 0, which divided by 0 would be a NaN that nobody
+    # selects but anomaly detection reports.
+    if problem.beta is None:
+        slope = rest * _as_tensor(1.0 if inverse == math.inf else inverse, x)
+    else:
+        # (Divided: make_fx before dispatch takes the result of a reciprocal for a constant, and the
+        # square in its derivative overflows. A sum, so that NaN reaches the gradient of beta.)
+        slope = rest / torch.where(is_l1(beta), beta + 1, beta)
     loss = torch.where(is_linear, size - half * beta, half * (rest * slope))
     return loss, (is_linear, sign, slope)
 
@@ -122,27 +134,6 @@ def _smooth_l1(
 def _of_beta(is_linear: Tensor, slope: Tensor) -> Tensor:
     """Return the derivative of the loss with respect to beta."""
     return torch.where(is_linear, 1, slope.square()) * _as_tensor(-0.5, slope)
-
-
-def _transition(
-    x: Tensor, problem: Problem, selected: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return beta, the least size of linear differences, and what to divide others by.
-
-    Where the loss is L1 the size is 0, so that only NaN counts as quadratic, and the divisor is 1:
-    the other elements are 0 there, and 0 divided by 0 would be a NaN that nobody selects but
-    anomaly detection reports.
-    """
-    if problem.beta is None:
-        number, _ = beta_and_inverse(problem)
-        beta = _as_tensor(number, x)
-        return beta, beta, beta if number else _as_tensor(1.0, x)
-    beta = tensor_beta(problem.beta, x.dtype)
-    if selected is not None:
-        beta = torch.where(selected, beta, 1)
-    is_l1 = beta * _as_tensor(LARGEST[x.dtype], x) < 1  # As in `beta_and_inverse`.
-    # (A sum, so that NaN reaches the gradient of a beta of 0.)
-    return beta, torch.where(is_l1, 0, beta), torch.where(is_l1, beta + 1, beta)
 
 
 def _quotient(value: Tensor, problem: Problem) -> Tensor:

@@ -21,6 +21,7 @@ from fused_smoothl1.problem import (
     Problem,
     beta_and_inverse,
     in_range,
+    is_l1,
     is_mask,
     split_weights,
     sum_to_operands,
@@ -43,8 +44,8 @@ MANY = 1 << 17  # From here on it pays to gather selected rows,
 FEW = 1 / 8  # if they are at most this share of all.
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
-# Of beta: a number, or a tensor that broadcasts to the input.
-Value = Tensor | float
+# A number, or a tensor that broadcasts to the input.
+Factor = Tensor | float
 
 
 class Terms(NamedTuple):
@@ -58,12 +59,12 @@ class Terms(NamedTuple):
     left: Tensor
     right: Tensor
     inside: Tensor | None
-    """What inside weights multiply by, as `outside` does; None is 1."""
+    """What the inside weights multiply by; None is 1. `outside` likewise."""
     outside: Tensor | None
-    beta: Value
-    inverse_beta: Value
-    steepness: Value
-    """What the inverse falls short of infinity by, where the loss is L1; else 1."""
+    beta: Factor
+    inverse_beta: Factor
+    steepness: Factor
+    """A second factor of the inverse where the loss is L1, because one cannot be large enough."""
     masks: Masks
 
 
@@ -144,7 +145,7 @@ def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: N
     return backward(problem, upstream, needs)
 
 
-def _exact(beta: Value) -> float | None:
+def _exact(beta: Factor) -> float | None:
     """Return beta if it is a number for which PyTorch's own loss keeps the contract, else None."""
     if isinstance(beta, Tensor):
         return None
@@ -202,11 +203,11 @@ def _terms(problem: Problem, needs: Needs) -> Terms:
     return Terms(left, right, inside, outside, beta, inverse_beta, steepness, masks)
 
 
-def _transition(problem: Problem, needs: Needs) -> tuple[Value, Value, Value]:
+def _transition(problem: Problem, needs: Needs) -> tuple[Factor, Factor, Factor]:
     """Return beta, and two factors of its inverse, in the compute dtype if they are tensors.
 
-    Where the loss is L1 the inverse would be infinite, and 0 times inf is NaN. The two make at
-    least 1 of every number but 0, and a clamp makes 1 of that.
+    Where the loss is L1 the inverse would be infinite, and 0 times inf is NaN. Multiplied by both
+    factors, every number but 0 is at least 1 in size, and a clamp makes 1 or -1 of it.
     """
     beta, info = problem.beta, torch.finfo(problem.compute_dtype)
     if beta is not None and beta.is_cpu and not beta.dim() and not needs[4]:
@@ -218,9 +219,9 @@ def _transition(problem: Problem, needs: Needs) -> tuple[Value, Value, Value]:
         number, inverse = beta_and_inverse(problem)
         return (number, inverse, 1.0) if number else (0.0, 1 / info.tiny, 1 / info.eps)
     beta = tensor_beta(beta, problem.compute_dtype)
-    is_l1 = beta * info.max < 1  # As in `beta_and_inverse`.
-    inverses = torch.where(is_l1, 1 / info.tiny, beta.reciprocal())
-    return beta, inverses, torch.where(is_l1, 1 / info.eps, 1)
+    steep = is_l1(beta)
+    inverses = torch.where(steep, 1 / info.tiny, beta.reciprocal())
+    return beta, inverses, torch.where(steep, 1 / info.eps, 1)
 
 
 def _difference(problem: Problem) -> Tensor:
@@ -322,7 +323,7 @@ def _exclude(values: Tensor, masks: Masks) -> None:
         values.view(INTEGERS[values.dtype]).mul_(mask)
 
 
-def _is_known_to_be_finite(value: Value | None) -> bool:
+def _is_known_to_be_finite(value: Factor | None) -> bool:
     """Whether a product with it leaves 0 at 0, as far as one can tell without waiting."""
     if not isinstance(value, Tensor):
         return True

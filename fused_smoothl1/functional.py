@@ -62,8 +62,8 @@ def smooth_l1_loss(
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
     PyTorch gives the same result, to rounding; on a GPU that Triton cannot serve, or where Triton
     is missing or broken, too, with one ``RuntimeWarning``. Numbers are not compiled into the
-    kernel: new values cost nothing, except one recompilation by ``torch.compile`` at the second;
-    those of tensors not even that.
+    kernel: new values cost nothing, except one recompilation by ``torch.compile`` at the second.
+    New values in a tensor do not even cause that.
 
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
@@ -75,14 +75,14 @@ def smooth_l1_loss(
             element that is not selected, even NaN or inf, has exactly 0 loss and 0 gradient.
         outside_weights: multiply the loss; otherwise like ``inside_weights``. An element takes part
             if every mask given selects it.
-        sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``. A number, or a tensor like ``beta``,
-            which is made of it in a few small operations.
+        sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``. A number, or a tensor as for ``beta``,
+            which is then computed from it by a few small operations.
         beta: in [0, inf): where the quadratic part ends, in the unit of the weighted difference.
             0 is L1, with gradient 0 at 0. A number, or a tensor of any float dtype that broadcasts
-            to the input's shape, on its device, whose values the host never waits for: one for all
-            (0-d), or one for each sample, channel or element. Where a value of the tensor is not
-            allowed, loss and gradients of the element are NaN; a number raises. With neither
-            ``sigma`` nor ``beta``, 1.
+            to the input's shape, on its device: one value for all (0-d), or one for each sample,
+            channel or element. The host never waits for them. An element for which the tensor holds
+            a value that is not allowed has NaN as its loss and gradients; such a number raises.
+            With neither ``sigma`` nor ``beta``, 1.
         reduction: ``"none"``: the loss of every element. ``"sum"``. ``"mean"``: the sum divided by
             the number of elements, selected or not. ``"batchmean"``: the sum divided by
             ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in PyTorch).
@@ -93,12 +93,14 @@ def smooth_l1_loss(
     Returns:
         The loss. Reduced, it has no dimensions and is float32, or float64 if any operand is.
         With ``"none"`` it has the input's shape and memory format, and the dtype to which the float
-        operands promote. Reduced, an empty input gives 0, connected to the graph.
+        operands promote, those without dimensions too. Reduced, an empty input gives 0, connected
+        to the graph.
 
     Gradients:
         For input, target, both weights and ``beta`` or ``sigma``, where they require one: in their
         own dtype and shape, of any order. That of ``beta`` is outside times
-        :math:`-0.5\, (x / \beta)^2` if :math:`|x| < \beta`, else outside times -0.5. Arithmetic and
+        :math:`-0.5\, (x / \beta)^2` if :math:`|x| < \beta`, else outside times -0.5: a larger beta
+        never raises the loss, so train it only with a term that holds it back. Arithmetic and
         sums are in float32 (float64 if any operand is float64), and float16 gradients are rounded
         once, after the upstream gradient has been multiplied in, so that a gradient scaler works as
         it should. If an operand is modified in place after the forward pass, a backward pass that
@@ -142,7 +144,7 @@ def smooth_l1_loss(
         )
     inside, inside_number = _weights("inside_weights", inside_weights, input)
     outside, outside_number = _weights("outside_weights", outside_weights, input)
-    transition, sigma_number, beta_number = _transition(sigma, beta, input)
+    transition, sigma_number, beta_number = _checked_transition(sigma, beta, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
     problem = make_problem(
         input,
@@ -182,7 +184,7 @@ def _load_sharding(device: torch.device) -> None:
 
 def check_options(sigma: Value, beta: Value, reduction: str) -> None:
     """Raise what `smooth_l1_loss` would raise for these options, whatever the input is."""
-    _transition(sigma, beta)
+    _checked_transition(sigma, beta)
     _check_reduction(reduction)
 
 
@@ -269,10 +271,10 @@ def _equal(size: int, other: int) -> bool:
     return equal
 
 
-def _transition(
+def _checked_transition(
     sigma: Value, beta: Value, input: Tensor | None = None
 ) -> tuple[Tensor | None, float | None, float]:
-    """Return the tensor that was given, or None, and the numbers sigma, None without, and beta."""
+    """Return the tensor or None, the number sigma or None, and the number beta."""
     if sigma is not None and beta is not None:
         given = " and ".join(
             f"{name}={_kind(value) if isinstance(value, Tensor) else value}"
@@ -303,7 +305,7 @@ def _beta_of(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return beta in this dtype: 1 / sigma², and NaN where sigma is not in (0, inf]."""
     sigma = sigma.to(dtype)
     is_allowed = sigma > 0
-    # So that beta is finite.
+    # Where beta would overflow it is finite, and the gradient 0.
     least = 1.01 * LARGEST[dtype] ** -0.5
     divisor = torch.where(is_allowed, sigma, 1).clamp(min=least)
     # (Divided, as in `composition`; PyTorch takes 1 / divisor for a reciprocal.)

@@ -302,15 +302,15 @@ def smooth_l1_kernel(
             x = inside * difference
 
             if ACCESS[BETA] is None or ACCESS[BETA] == "scalar":
-                end, inverse = beta, inverse_beta
+                own_beta, own_inverse = beta, inverse_beta
             else:
-                end = _load(operands, strides, ACCESS, BETA, sizes, group, lane, mask, ALIGNED)
-                end, inverse = _transition(end, COMPUTE, COMPUTE)
+                loaded = _load(operands, strides, ACCESS, BETA, sizes, group, lane, mask, ALIGNED)
+                own_beta, own_inverse = _transition(loaded, COMPUTE, COMPUTE)
 
             # The formula. At 0 with beta 0 the product would be 0 times inf.
-            at_0 = 0.0 if ACCESS[BETA] is None else 0 * end  # NaN where beta is.
-            slope = tl.where(x == 0, at_0, _clamp(x * inverse, one))
-            loss = slope * (x - 0.5 * _clamp(x, end))
+            at_0 = 0.0 if ACCESS[BETA] is None else 0 * own_beta  # NaN where beta is.
+            slope = tl.where(x == 0, at_0, _clamp(x * own_inverse, one))
+            loss = slope * (x - 0.5 * _clamp(x, own_beta))
 
             if ACCESS[UPSTREAM] is None or ACCESS[UPSTREAM] == "scalar":
                 own_scale = common_scale
@@ -327,7 +327,7 @@ def smooth_l1_kernel(
             _store(gradients[OUTSIDE], index, own_scale * loss, selected, within)
             if gradients[BETA] is not None:
                 # (At 0 with beta 0 the loss is linear, though its slope is 0.)
-                square = tl.where(x == 0, tl.where(end == 0, 1.0, at_0), slope * slope)
+                square = tl.where(x == 0, tl.where(own_beta == 0, 1.0, at_0), slope * slope)
                 grad_beta = -0.5 * square * outside * own_scale
                 _store(gradients[BETA], index, grad_beta, selected, within)
             if REDUCE:

@@ -11,8 +11,9 @@ class SmoothL1Loss(nn.Module):
     Args:
         sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``.
         beta: in [0, inf); at most one of ``sigma`` and ``beta`` is given, neither means 1. A tensor
-            is kept as a buffer, a parameter as a parameter: both move with the module and are in
-            its ``state_dict``.
+            becomes a buffer of the module, and a parameter one of its parameters: both move and
+            are converted with it, and are in its ``state_dict``. A new value is written into it
+            (``loss.beta.fill_(0.5)``).
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``.
 
     Raises:

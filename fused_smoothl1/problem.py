@@ -189,6 +189,11 @@ def tensor_beta(beta: Tensor, dtype: torch.dtype) -> Tensor:
     return nan_unless((beta >= 0) & (beta < math.inf), beta)
 
 
+def is_l1(beta: Tensor) -> Tensor:
+    """Return where the loss is L1, as in `beta_and_inverse`."""
+    return beta * LARGEST[beta.dtype] < 1
+
+
 def nan_unless(condition: Tensor, values: Tensor) -> Tensor:
     """Return the values, and NaN where the condition does not hold.
 
@@ -250,7 +255,7 @@ def empty_gradients(problem: Problem, needs: Needs) -> Gradients:
 
 
 def sum_to_operands(problem: Problem, gradients: Gradients) -> Gradients:
-    """Sum full-size gradients of what is broadcast to its own shape, in its own dtype."""
+    """Sum the full-size gradients of broadcast operands to their shapes, in their dtypes."""
 
     def sum_to(operand: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         if gradient is None or operand is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from tests.composed import composed
 from tests.support import coin, gaussian
 
 ROWS, COLUMNS = 33, 4
@@ -194,12 +195,6 @@ def test_mmdetection_avg_factor(on_device: bool, pair: tuple[Tensor, Tensor], de
     assert torch.tensor(exact, dtype=torch.float32) == avg_factor
 
 
-def _by_hand(input: Tensor, target: Tensor, beta: Tensor) -> Tensor:
-    """Do what is written where there is a beta for each sample."""
-    size = (input - target).abs()
-    return torch.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
-
-
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("k", [1, 10, ROWS])
@@ -235,7 +230,7 @@ def test_a_transition_for_each_sample(reduction: str, device: str) -> None:
         "mean": torch.mean,
     }[reduction]
     _assert_equal(
-        lambda a, b: reduce(_by_hand(a, b, beta)),
+        lambda a, b: composed(a, b, beta=beta, reduction=reduction),
         lambda a, b: smooth_l1_loss(a, b, beta=beta, reduction=reduction),
         (a, b),
     )

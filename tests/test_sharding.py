@@ -48,8 +48,8 @@ def _problems(masks: bool) -> Iterator[Problem]:
         yield make_problem(
             input,
             target,
-            weights(inside, 3),
-            weights(outside, 4),
+            weights(inside, 11),
+            weights(outside, 12),
             None if outside is None else gaussian(*outside, seed=5).abs(),
             divisor=torch.tensor(3.0) if reduce else None,
             inside_number=0.5 if inside is None else 1.0,

@@ -105,9 +105,16 @@ def test_dtypes(name: str, own: torch.dtype, dtype: torch.dtype, backend: str, d
         check(*_operands(device, dtype), **{name: value}, reduction=reduction, upstream=0.5)
 
 
-@pytest.mark.parametrize("beta", [0.0, 2.0**-40, 0.25, 2.0, 2.0**100])
+def test_gradients_are_summed_before_they_are_rounded(backend: str, device: str) -> None:
+    """To the dtype of a beta in 16 bits, from which float16 would lose most here."""
+    input = 1e-2 * gaussian(1250, 4, seed=1, device=device)
+    beta = torch.tensor(1.0, dtype=torch.float16, device=device, requires_grad=True)
+    check(input, torch.zeros_like(input), beta=beta, reduction="mean", upstream=8.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0**-40, 0.25, 2.0, 3.0, 10.0, 2.0**100])
 def test_bits_of_a_number(beta: float, triton_backend: str, device: str) -> None:
-    """One for all gives the same bits as the number, where float32 holds that and its inverse."""
+    """One for all gives the same bits as the number, where float32 holds that."""
     operands = _operands(device)
     operands[0].data[:2] = operands[1].data[:2]
     results = [
@@ -196,6 +203,47 @@ def test_masks_exclude_it_whatever_it_is(
         assert (results[name][~mask.expand(shape)] == 0).all()
 
 
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_masks_exclude_it_from_graphs_too(upstream: float, backend: str, device: str) -> None:
+    """Where a gradient is to be differentiated again, whatever the upstream gradient is."""
+    mask, beta = coin(6, 1, seed=9, device=device), _positive(6, 1, device=device)
+    input, target = _operands(device)[:2]
+    loss = smooth_l1_loss(input, target, mask, beta=beta, reduction="sum")
+    above = torch.full_like(loss, upstream)
+    (gradient,) = torch.autograd.grad(loss, beta, above, create_graph=True)
+    assert (gradient[~mask] == 0).all()
+    assert not gradient[mask].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [None, (), (6, 1)], ids=str)
+def test_anomaly_detection_finds_none_in_l1(shape: Any, backend: str, device: str) -> None:
+    """Nor in the operations that a mode or a second derivative sees."""
+    operands = _operands(device)
+    operands[0].data[:2] = operands[1].data[:2]
+    beta: Any = 0.0 if shape is None else torch.zeros(shape, device=device, requires_grad=True)
+    sources = operands if shape is None else [*operands, beta]
+    with FlopCounterMode(display=False), torch.autograd.detect_anomaly(check_nan=True):
+        loss = smooth_l1_loss(*operands, beta=beta)
+        first = torch.autograd.grad(loss, sources, create_graph=True)
+        torch.stack([g.square().sum() for g in first]).sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in sources)
+
+
+class _Overridden(Tensor):
+    """Answers for whatever function is given one."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *arguments: Any) -> Any:
+        return "overridden" if function is smooth_l1_loss else NotImplemented
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subclasses_override_the_function(name: str, device: str) -> None:
+    value = torch.ones((), device=device).as_subclass(_Overridden)
+    answer: Any = smooth_l1_loss(*_operands(device), **{name: value})  # type: ignore[arg-type]
+    assert answer == "overridden"
+
+
 def test_few_rows_of_many(eager_backend: str, device: str) -> None:
     """Where a mask selects few rows, eager PyTorch computes these alone."""
     rows = 1 << 15
@@ -213,9 +261,12 @@ def test_few_rows_of_many(eager_backend: str, device: str) -> None:
 def test_in_parts(eager_backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where eager PyTorch splits a sum, it splits what has rows."""
     monkeypatch.setattr("fused_smoothl1.eager.PART", 12)
-    for shape in SHAPES:
+    input = gaussian(6, 6, seed=1, device=device, requires_grad=True)
+    target, mask = gaussian(6, 6, seed=2, device=device), coin(6, 1, seed=9, device=device)
+    for shape in [(), (6,), (1, 6), (6, 1), (6, 6)]:
         beta = _positive(*shape, device=device, requires_grad=False)
-        check(*_operands(device)[:2], beta=beta, reduction="mean", upstream=1.5)
+        for weights in (None, mask):
+            check(input, target, weights, beta=beta, reduction="mean", upstream=1.5)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -231,7 +282,7 @@ def test_one_compilation_for_all_values(
     def step(input: Tensor, target: Tensor, rows: Tensor, outside: Tensor, beta: Tensor) -> Tensor:
         plain = smooth_l1_loss(input, target, rows, outside, beta=beta)
         kept: Tensor = criterion(input, target, rows)
-        return plain + kept + smooth_l1_loss(input, target, sigma=beta)
+        return plain + kept + smooth_l1_loss(input, target, sigma=beta + 0.5)
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     for value in (1.0, 0.5, 0.0, 3.0, 0.7, -1.0, math.nan):
