@@ -102,9 +102,8 @@ def _smooth_l1(
     That is where the loss is linear, its slope there, and its slope elsewhere, which are combined
     only where a gradient is needed.
     """
-    inverse = math.inf
+    number, inverse = beta_and_inverse(problem)
     if problem.beta is None:
-        number, inverse = beta_and_inverse(problem)
         beta = _as_tensor(number, x)
     else:
         beta = tensor_beta(problem.beta, x.dtype)

@@ -5,9 +5,9 @@ EAGLE's reads the model's hidden state at one token and the embedding of the nex
 hidden state there. Here the model is small, reads characters, and learns on the spot to document
 functions of Python's standard library (`bench.demos.language_model`). Only hidden states that write
 the answer count in the loss: a mask leaves out prompts and padding. The drafter is trained twice
-from the same seed on the same batches; only the formula of that loss differs. Of functions that
-were not used in training, the drafted characters are counted that the model accepts, because it
-chooses the same ones.
+from the same seed on the same batches; only the formula of that loss differs. On functions that
+were not used in training it is counted how many drafted characters the model would choose too, each
+one step ahead on the true text.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from torch.nn import functional
 from bench.report import console
 
 LENGTH = 160  # characters of a text: a longer one is cut, a shorter one padded
-PADDING, CHARACTERS = 0, 96  # it, and the 95 characters of ASCII that print
+PADDING, CHARACTERS = 0, 96  # of these 96 the others are the characters of ASCII that print
 HIDDEN, HEADS, LAYERS = 128, 4, 2
 BATCH = 16  # texts
 LEARNING_RATE = 3e-3  # the highest of the schedule
