@@ -25,7 +25,9 @@ MOST_REGISTERS = {"sm": 80, "gfx": 128}
 # Where each element divides in float64, which NVIDIA's GPUs do in a subroutine: four programs.
 DIVIDES = "float64 dense, a beta each, all gradients: backward"
 MOST_WITH_DIVISION = 128
-LAUNCHED_AT_ONCE = 65536 // (8 * 128)  # registers, of eight programs of 128 threads
+# With so many a multiprocessor holds the eight programs of 128 threads that are launched for it
+# (gfx9 even with 128).
+LAUNCHED_AT_ONCE = {"sm": 64, "gfx": 96}
 # Those whose datasheets are in the table.
 GPUS = {"sm_80", "sm_89", "sm_90", "gfx942"}
 TICKET = ["store", "barrier", "release", "ticket", "acquire", "past L1"]
@@ -98,8 +100,7 @@ def test_dense_operands_of_odd_size(dtype: str, kernels: list[Kernel]) -> None:
 
 
 def test_occupancy(kernels: list[Kernel]) -> None:
-    vendor = "sm" if kernels[0]["target"].startswith("sm") else "gfx"
-    most = dict.fromkeys(map(_name, kernels), MOST_REGISTERS[vendor])
+    most = dict.fromkeys(map(_name, kernels), MOST_REGISTERS[_vendor(kernels)])
     most[DIVIDES] = MOST_WITH_DIVISION
     many = {_name(k): k["registers"] for k in kernels if k["registers"] > most[_name(k)]}
     assert many == {}
@@ -117,9 +118,8 @@ def test_a_beta_for_all_costs_nothing(kernels: list[Kernel]) -> None:
             tensor = named[f"float32 {call.replace('dense', 'dense, beta for all')}: {role}"]
             for column in ("loads", "stores"):
                 assert tensor[column] == number[column]
-            assert tensor["instructions"] <= number["instructions"] + 2
-            # With so many a multiprocessor holds all the programs that are launched for it.
-            enough = LAUNCHED_AT_ONCE if number["target"].startswith("sm") else 0
+            assert tensor["instructions"] <= 1.05 * number["instructions"]
+            enough = LAUNCHED_AT_ONCE[_vendor(kernels)]
             assert tensor["registers"] <= max(number["registers"] + 2, enough)
 
 
@@ -147,6 +147,10 @@ def test_ticket(kernels: list[Kernel]) -> None:
         assert "add" in kernel["atomics"][0].lower(), _name(kernel)
         assert "f32" not in kernel["atomics"][0].lower(), "no sum depends on the order of arrival"
         assert kernel["ticket"] == TICKET, _name(kernel)
+
+
+def _vendor(kernels: list[Kernel]) -> str:
+    return "sm" if kernels[0]["target"].startswith("sm") else "gfx"
 
 
 def _name(kernel: Kernel) -> str:

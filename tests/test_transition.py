@@ -203,16 +203,20 @@ def test_masks_exclude_it_whatever_it_is(
         assert (results[name][~mask.expand(shape)] == 0).all()
 
 
-@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+@pytest.mark.parametrize("upstream", [1.0, math.inf, math.nan])
 def test_masks_exclude_it_from_graphs_too(upstream: float, backend: str, device: str) -> None:
-    """Where a gradient is to be differentiated again, whatever the upstream gradient is."""
+    """Where operations are seen, by a transform or for another derivative, whatever arrives."""
     mask, beta = coin(6, 1, seed=9, device=device), _positive(6, 1, device=device)
-    input, target = _operands(device)[:2]
-    loss = smooth_l1_loss(input, target, mask, beta=beta, reduction="sum")
-    above = torch.full_like(loss, upstream)
-    (gradient,) = torch.autograd.grad(loss, beta, above, create_graph=True)
-    assert (gradient[~mask] == 0).all()
-    assert not gradient[mask].isfinite().any()
+    beta.data[~mask] = math.nan
+    input, target = (t.detach() for t in _operands(device)[:2])
+
+    def loss(beta: Tensor) -> Tensor:
+        return upstream * smooth_l1_loss(input, target, mask, beta=beta, reduction="sum")
+
+    (graphed,) = torch.autograd.grad(loss(beta), beta, create_graph=True)
+    for gradient in (graphed, grad(loss)(beta)):
+        assert (gradient[~mask] == 0).all()
+        assert (gradient[mask].isfinite() == (upstream == 1.0)).all()
 
 
 @pytest.mark.parametrize("shape", [None, (), (6, 1)], ids=str)
