@@ -36,7 +36,7 @@ class Code:
 
     instructions: list[Instruction]
     registers: int  # vector registers a thread
-    spills: int  # accesses to the stack (NVIDIA), or registers spilled (AMD)
+    spills: int  # accesses to the stack (NVIDIA), or registers spilled to it (AMD)
     stack: int  # bytes of it a thread, which may be reserved and not used
 
 
@@ -88,8 +88,9 @@ def read_amdgcn(assembly: str) -> Code:
     def number(name: str) -> int:
         return int(_search(rf"\.{name}:\s+(\d+)", assembly))
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     stack = number("private_segment_fixed_size")
+    # Without a stack, what is spilled goes to registers of another kind, and not to memory.
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count") if stack else 0
     return Code(instructions, number("vgpr_count"), spills, stack)
 
 
