@@ -46,7 +46,9 @@ def _operands(seed: int = 0, rows: int = ROWS, device: str = "cuda") -> list[Any
 
 
 def _run(operands: list[Any], reduction: str = "mean", **options: Any) -> list[Tensor]:
-    loss = smooth_l1_loss(*operands, reduction=reduction, **{"sigma": 2.0, **options})
+    if "beta" not in options:
+        options = {"sigma": 2.0, **options}
+    loss = smooth_l1_loss(*operands, reduction=reduction, **options)
     wanted = trained(operands)
     above = torch.full_like(loss, 1.5)
     return [loss.detach(), *(torch.autograd.grad(loss, wanted, above) if wanted else ())]

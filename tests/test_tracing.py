@@ -57,6 +57,8 @@ def test_jit_trace(
     reduction: str, weights: str | None, example: int, backend: str, device: str
 ) -> None:
     """Deprecated, and still used to export models; with an example of no rows at all, too."""
+    if example == 0 and device == "cuda":
+        pytest.skip("PyTorch's own fuser fails on what it first saw empty: pytorch#144965")
     step = _step(smooth_l1_loss, weights, reduction=reduction)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its deprecation, and of checks of shapes
