@@ -38,7 +38,10 @@ class Timing(NamedTuple):
 
 
 def measure(
-    actions: Mapping[Name, Sequence[Action]], device: torch.device, seconds: float
+    actions: Mapping[Name, Sequence[Action]],
+    device: torch.device,
+    seconds: float,
+    steps: int = 1,
 ) -> dict[Name, Timing]:
     """Time several actions, interleaved round by round so that noise hits all alike.
 
@@ -46,7 +49,8 @@ def measure(
     back to back, so a GPU's figure is its pace in a running program: host time where launching is
     the limit, device time where memory is. All samples walk one shared circle of operand sets:
     what an action reads was last read a whole circle ago, longer than the L2 remembers. A warm-up
-    is not counted. There are as many rounds as fit into `seconds`, within limits.
+    is not counted. There are as many rounds as fit into `seconds`, within limits. An action may be
+    several steps.
     """
     if not actions:
         return {}
@@ -68,7 +72,7 @@ def measure(
     finally:
         gc.enable()
     return {
-        name: Timing(*(float(value) for value in np.percentile(values, [50, 20, 80])))
+        name: Timing(*(float(value) / steps for value in np.percentile(values, [50, 20, 80])))
         for name, values in samples.items()
     }
 
@@ -123,22 +127,27 @@ def launches(action: Action) -> int | None:
     return sum(event.get("cat") in TRACED_LAUNCHES for event in events) or None
 
 
-def replayed(action: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Capture the action in a CUDA graph; return its replay, which gives the same tensors anew."""
+def replayed(actions: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
+    """Capture the actions in one CUDA graph; return its replay, which does all of them anew.
+
+    It gives the tensors of the first. (Of graphs of one action each, replayed in turns, each would
+    take up to 25 us more: a GPU is slow in going from one graph to another of many.)
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # what a first run allocates or compiles is no part of a graph
         for _ in range(WARM_UPS):
-            action()
+            for action in actions:
+                action()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = action()
+        results = [action() for action in actions]
 
-    def replay(kept: Callable[[], Any] = action) -> Any:
-        # The graph reads the memory of what the action holds, and does not keep it alive.
+    def replay(kept: object = actions) -> Any:
+        # The graph reads the memory of what the actions hold, and does not keep it alive.
         graph.replay()
-        return results
+        return results[0]
 
     return replay
 

@@ -25,6 +25,7 @@ from bench.rivals import FUSED
 STYLES = {
     "eager_classic": ("#8c8c8c", "v"),
     "eager_composition": ("#c58b2a", "s"),
+    "eager_index": ("#8b5a2b", "X"),
     "compile": ("#5b8fd6", "^"),
     "compile_grad_and_value": ("#7a4fb5", "D"),
     "flag_gems": ("#c0504d", "P"),

@@ -96,6 +96,22 @@ def composition(
     return _reduce(_weighted(loss, outside), normalizer, input.shape[0], reduction)
 
 
+def by_index(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    outside: None,
+    *,
+    sigma: float,
+    reduction: str,
+    normalizer: Tensor,
+) -> Tensor:
+    """Pick the selected rows, as detectors do: the host waits until it knows how many there are."""
+    rows = torch.nonzero(mask.squeeze(1)).squeeze(1)
+    input, target = _widen(input[rows]), _widen(target[rows])
+    return F.smooth_l1_loss(input, target, beta=sigma**-2, reduction=reduction) / normalizer
+
+
 def composition_for_drafter(
     input: Tensor, target: Tensor, inside: None, mask: Tensor, **options: Any
 ) -> Tensor:
@@ -250,6 +266,12 @@ RIVALS = (
         lambda workload: workload.is_weighted,
     ),
     Rival("eager_composition", partial(autograd_step, composition, masks_as_floats=True)),
+    Rival(
+        "eager_index",
+        partial(autograd_step, by_index),
+        # A graph cannot wait for the host.
+        lambda workload: workload.spec.case == "row_mask" and not workload.spec.graph,
+    ),
     Rival("compile", _compiled_step, compiles=True),
     Rival(
         "compile_grad_and_value",

@@ -163,7 +163,7 @@ class Run:
                 try:
                     own = [rival.step(copy) for copy in copies]
                     if spec.graph:
-                        own = [measure.replayed(step, device) for step in own]
+                        own = [measure.replayed(own, device)]
                     problem = check.problem(workload, truth, *own[0]())
                 except Exception as error:  # whatever a rival lacks, the others can be timed
                     problem = f"cannot run here: {_first_line(error)}"
@@ -175,7 +175,8 @@ class Run:
             rows[rival.name] = replace(row, left_out=left_out)
         del truth
         self.at(f"{spec}: timing")
-        for name, timing in measure.measure(steps, device, self.seconds).items():
+        in_one = len(copies) if spec.graph else 1
+        for name, timing in measure.measure(steps, device, self.seconds, in_one).items():
             gbps = floor / timing.median_ms / 1e6
             # What a graph needs was taken when it was captured.
             peak = None if spec.graph else measure.peak_extra_bytes(steps[name][0], device)

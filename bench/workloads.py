@@ -25,7 +25,7 @@ SEED = 20_150_604
 class Spec:
     """What to build: a case, its number of elements, and the type of its float operands.
 
-    With `graph`, the steps on it are replayed from CUDA graphs.
+    With `graph`, the steps on it are replayed from a CUDA graph.
     """
 
     case: str
@@ -142,21 +142,24 @@ def specs(device: torch.device, quick: bool) -> list[Spec]:
 
 def _gpu_specs() -> list[Spec]:
     half, brain, largest = torch.float16, torch.bfloat16, 2**26
+    weighted, plain = ("dense", "row_mask"), ("no_weights", "none", "broadcast")
     listed = [Spec("dense", largest), Spec("dense", largest, brain), Spec("kernelbench", 2**30)]
     listed += [Spec("drafter", largest, brain), Spec("row_mask", largest), Spec("rpn", RPN)]
     # In graphs there is no time of the host: what is left is the kernels'.
     listed += [Spec("dense", HEAD), Spec("rpn", RPN, graph=True), Spec("dense", HEAD, graph=True)]
-    listed += [Spec(case, largest, graph=True) for case in ("dense", "row_mask")]
     listed += [Spec("drafter", largest, brain, graph=True)]
+    listed += [Spec(case, n, graph=True) for n in (largest, 2**24, 2**22) for case in weighted]
     listed += [Spec("no_weights", n, graph=True) for n in (HEAD, RPN, 2**22)]
-    listed += [Spec(case, n, graph=True) for n in (2**24, 2**22) for case in ("dense", "row_mask")]
-    listed += [Spec("tensor_beta", largest), Spec("tensor_beta", largest, graph=True)]
-    plain = ("no_weights", "none", "broadcast")
-    listed += [Spec(case, largest) for case in plain]
+    listed += [Spec("tensor_beta", largest, graph=True)]
+    listed += [Spec("dense", n) for n in (RPN, 2**22, 2**24)]
+    listed += [Spec(case, n) for n in (RPN, 2**22) for case in ("row_mask", "no_weights")]
+    listed += [Spec(case, largest) for case in (*plain, "tensor_beta")]
     listed += [Spec("dense", largest, half), Spec("row_mask", largest, brain)]
-    listed += [Spec("dense", n) for n in (RPN, 2**20, 2**22, 2**24)]
-    listed += [Spec(case, n) for n in (HEAD, RPN, 2**22, 2**24) for case in ("row_mask", *plain)]
-    return listed + [Spec("dense", n, dtype) for dtype in (brain, half) for n in (RPN, 2**24)]
+    listed += [Spec("row_mask", n) for n in (HEAD, 2**24)]
+    listed += [Spec(case, n) for n in (HEAD, RPN, 2**22, 2**24) for case in plain]
+    listed += [Spec("dense", 2**20)]
+    listed += [Spec("dense", n, dtype) for dtype in (brain, half) for n in (RPN, 2**24)]
+    return list(dict.fromkeys(listed))
 
 
 def _cpu_specs() -> list[Spec]:

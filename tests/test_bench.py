@@ -381,7 +381,7 @@ def test_sweep(bench_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(GridExecutor, "__call__", spied)
-    monkeypatch.setattr(measure, "measure", lambda steps, device, seconds: {})
+    monkeypatch.setattr(measure, "measure", lambda *_: {})
     by_rival: dict[str, list[Any]] = {}
     specs = [Spec("dense", 12_000), Spec("dense", 12_000, torch.bfloat16), Spec("row_mask", 4096)]
     for rival in sweep.rivals(torch.device("cpu")):

@@ -241,9 +241,9 @@ def test_replay_of_a_graph() -> None:
     """A replay computes anew from what the operands hold then, into the same tensors."""
     device = torch.device("cuda")
     workload = _workload("dense", "cuda")
-    step = RIVALS[-1].step(workload)
-    replay = measure.replayed(step, device)
-    del step  # What it holds is read all the same, so that nobody else may get its memory.
+    steps = [RIVALS[-1].step(each) for each in (workload, workload.copy())]
+    replay = measure.replayed(steps, device)
+    del steps  # What they hold is read all the same, so that nobody else may get its memory.
     others = []
     for scale in (1.0, 0.5):
         with torch.no_grad():
