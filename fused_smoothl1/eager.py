@@ -82,7 +82,7 @@ def native_loss(problem: Problem) -> Tensor | None:
         return None
     numel, beta = input.numel(), _exact(beta_and_inverse(problem)[0])
     if not (
-        problem.inside_number == problem.outside_number == 1
+        problem.outside_number == 1
         and divisor in (1, numel)
         and input.dtype == target.dtype == problem.compute_dtype
         and input.is_contiguous()

@@ -1,5 +1,6 @@
 """The function: its signature, its documentation, and the checks of its arguments."""
 
+import itertools
 import math
 import sys
 from importlib import import_module
@@ -29,14 +30,14 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 WEIGHT_DTYPES = FLOAT_DTYPES + INTEGER_DTYPES + MASK_DTYPES
 
-# What weights, sigma, beta and normalizer may be.
+# What outside weights, sigma, beta and normalizer may be.
 Value = Tensor | float | None
 
 
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
-    inside_weights: Value = None,
+    inside_weights: Tensor | None = None,
     outside_weights: Value = None,
     *,
     sigma: Value = None,
@@ -68,13 +69,14 @@ def smooth_l1_loss(
     Args:
         input: the predictions: any shape and any strides; float64, float32, float16 or bfloat16.
         target: the regression targets: the input's shape, on its device; any of these dtypes.
-        inside_weights: multiply the difference before the loss. A number, or a tensor of any real
-            dtype that broadcasts to the input's shape: ``weights[:, None]`` has one weight per row.
-            They follow IEEE rules: 0 times NaN is NaN. ``bool`` and ``uint8`` tensors are masks
-            instead (other integers are not: write ``weights.bool()``): nonzero selects, and an
-            element that is not selected, even NaN or inf, has exactly 0 loss and 0 gradient.
-        outside_weights: multiply the loss; otherwise like ``inside_weights``. An element takes part
-            if every mask given selects it.
+        inside_weights: multiply the difference before the loss. A tensor of any real dtype that
+            broadcasts to the input's shape: ``weights[:, None]`` has one weight per row. They
+            follow IEEE rules: 0 times NaN is NaN. ``bool`` and ``uint8`` tensors are masks instead
+            (other integers are not: write ``weights.bool()``): nonzero selects, and an element that
+            is not selected, even NaN or inf, has exactly 0 loss and 0 gradient. A number raises,
+            because other libraries have beta in this place.
+        outside_weights: multiply the loss; otherwise like ``inside_weights``, or a number. An
+            element takes part if every mask given selects it.
         sigma: in (0, inf]; ``beta`` is ``1 / sigma ** 2``. A number, or a tensor as for ``beta``,
             which is then computed from it by a few small operations.
         beta: in [0, inf): where the quadratic part ends, in the unit of the weighted difference.
@@ -88,13 +90,14 @@ def smooth_l1_loss(
             ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in PyTorch).
         normalizer: with ``"sum"`` only: what the sum is divided by. A number above 0, or a tensor
             without dimensions, on the input's device, which the host never reads: the number of
-            positives, all-reduced over the ranks if you like. It gets no gradient.
+            positives, all-reduced over the ranks if you like. It gets no gradient. Where a tensor
+            is 0, the result is that of a division: NaN, or inf.
 
     Returns:
         The loss. Reduced, it has no dimensions and is float32, or float64 if any operand is.
         With ``"none"`` it has the input's shape and memory format, and the dtype to which the float
-        operands promote, those without dimensions too. Reduced, an empty input gives 0, connected
-        to the graph.
+        operands promote, those without dimensions too; under autocast, float32 at least. Reduced,
+        an empty input gives 0, connected to the graph.
 
     Gradients:
         For input, target, both weights and ``beta`` or ``sigma``, where they require one: in their
@@ -107,8 +110,9 @@ def smooth_l1_loss(
         needs it again raises, as everywhere in PyTorch; one that does not is right.
 
     Raises:
-        TypeError: if input or target is no tensor or has another dtype; if weights, ``sigma``,
-            ``beta`` or ``normalizer`` are neither a real number nor a tensor of an allowed dtype.
+        TypeError: if input or target is no tensor or has another dtype; if inside weights are no
+            tensor, or outside weights, ``sigma``, ``beta`` or ``normalizer`` neither a real number
+            nor a tensor, or of another dtype than is allowed.
         ValueError: if shapes, devices or values do not fit, ``reduction`` is unknown, or both
             ``sigma`` and ``beta``, or ``normalizer`` without ``"sum"``, are given.
         RuntimeError: if ``FUSED_SMOOTHL1_BACKEND=triton`` asks for what cannot be had; it says why.
@@ -141,9 +145,12 @@ def smooth_l1_loss(
         raise ValueError(
             f"target must have input's shape, got target of shape {tuple(target.shape)} "
             f"and input of shape {tuple(input.shape)}"
+            + (": pass target.reshape_as(input)" if _differ_by_ones(target, input) else "")
         )
-    inside, inside_number = _weights("inside_weights", inside_weights, input)
-    outside, outside_number = _weights("outside_weights", outside_weights, input)
+    inside = None
+    if inside_weights is not None:
+        inside = _checked_weights("inside_weights", inside_weights, input)
+    outside, outside_number = _outside(outside_weights, input)
     transition, sigma_number, beta_number = _checked_transition(sigma, beta, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
     problem = make_problem(
@@ -153,12 +160,13 @@ def smooth_l1_loss(
         outside,
         transition,
         divisor,
-        inside_number,
         outside_number,
         beta_number,
         divisor_number,
         reduction != "none",
     )
+    if reduction == "none" and _is_autocast(input.device.type):
+        problem = problem._replace(loss_dtype=problem.compute_dtype)
     if transition is not None and sigma is not None:
         problem = problem._replace(beta=_beta_of(transition, problem.compute_dtype))
     if not is_plain(problem):
@@ -173,6 +181,16 @@ def smooth_l1_loss(
     else:
         loss, _ = backend.forward(problem, NO_NEEDS)
     return loss
+
+
+def _is_autocast(device_type: str) -> bool:
+    # (Where there is none, as for "meta", asking whether it is enabled raises.)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@traced_as_constant
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 @traced_as_constant
@@ -215,32 +233,72 @@ def _check_tensor(
         )
 
 
-def _weights(name: str, weights: Any, input: Tensor) -> tuple[Tensor | None, float]:
-    """Return the weights: a tensor and 1, or None and a number."""
+def _outside(weights: Any, input: Tensor) -> tuple[Tensor | None, float]:
+    """Return the outside weights: a tensor and 1, or None and a number."""
     if weights is None:
         return None, 1.0
-    if not isinstance(weights, Tensor):
-        if isinstance(weights, bool):
-            # This is a mask too, of all elements or of none.
-            return torch.full((), weights, device=input.device), 1.0
-        if isinstance(weights, (Real, *SYMBOLS)):
-            return None, _number(name, weights)
-        raise TypeError(
-            f"{name} must be a real number or a torch.Tensor, got {_kind(weights)}"
-            + (": torch.as_tensor makes one" if hasattr(weights, "__len__") else "")
-        )
-    _check_tensor(name, weights, WEIGHT_DTYPES, input)
-    _check_broadcasts(name, weights, input)
-    return weights, 1.0
+    if not isinstance(weights, (Tensor, bool)) and isinstance(weights, (Real, *SYMBOLS)):
+        return None, _number("outside_weights", weights)
+    return _checked_weights("outside_weights", weights, input), 1.0
+
+
+def _checked_weights(name: str, weights: object, input: Tensor) -> Tensor:
+    if isinstance(weights, Tensor):
+        _check_tensor(name, weights, WEIGHT_DTYPES, input)
+        _check_broadcasts(name, weights, input)
+        return weights
+    allowed = "a torch.Tensor" if name == "inside_weights" else "a real number or a torch.Tensor"
+    got = repr(weights)
+    # In other libraries other arguments have this place.
+    if isinstance(weights, bool):
+        hint = ": a mask is a bool tensor, and PyTorch's size_average and reduce are reduction here"
+    elif isinstance(weights, str):
+        hint = ": reduction goes by name"
+    elif isinstance(weights, (Real, *SYMBOLS)):
+        hint = f": for the transition point pass beta={weights}"
+    else:
+        got = _kind(weights)
+        hint = ": torch.as_tensor makes one" if hasattr(weights, "__len__") else ""
+    raise TypeError(f"{name} must be {allowed}, got {got}{hint}")
 
 
 def _check_broadcasts(name: str, value: Tensor, input: Tensor) -> None:
     if not _broadcasts(value.shape, input.shape):
-        shape, full = tuple(value.shape), tuple(input.shape)
         raise ValueError(
-            f"{name} must broadcast to input's shape {full}, got shape {shape}"
-            + (f"; for one value a row pass {name}[:, None]" if shape == full[:1] else "")
+            f"{name} must broadcast to input's shape {tuple(input.shape)}, "
+            f"got shape {tuple(value.shape)}" + _way_out(name, value.shape, input.shape)
         )
+
+
+def _way_out(name: str, shape: torch.Size, to: torch.Size) -> str:
+    """Say which indexing lets a shape broadcast to another, if there is only one that does."""
+    if not _are_known(*shape, *to):
+        return ""
+    ways: dict[tuple[int, ...], str] = {}  # by the axes that the sizes beyond 1 come to lie on
+    for axes in itertools.combinations(range(len(to)), len(shape)):
+        pairs = list(zip(axes, shape, strict=True))
+        if all(size in (1, to[axis]) for axis, size in pairs):
+            index = ", ".join(":" if a in axes else "None" for a in range(axes[0], len(to)))
+            ways[tuple(axis for axis, size in pairs if size != 1)] = f"[{index}]"
+    if len(shape) > len(to):
+        for axis, size in enumerate(shape):
+            rest = torch.Size((*shape[:axis], *shape[axis + 1 :]))
+            if size == 1 and _broadcasts(rest, to):
+                ways.setdefault(tuple(rest), f".squeeze({axis})")
+    return f": pass {name}{ways.popitem()[1]}" if len(ways) == 1 else ""
+
+
+def _differ_by_ones(one: Tensor, other: Tensor) -> bool:
+    """Whether two shapes are the same but for sizes of 1."""
+    if not _are_known(*one.shape, *other.shape):
+        return False
+    sizes, others = ([size for size in tensor.shape if size != 1] for tensor in (one, other))
+    return sizes == others
+
+
+def _are_known(*sizes: int) -> bool:
+    """Whether these are no symbols, whose comparison would add guards."""
+    return all(type(size) is int for size in sizes)
 
 
 def _has_shape(tensor: Tensor, shape: torch.Size) -> bool:

@@ -203,7 +203,6 @@ def smooth_l1_kernel(
     beta: tl.float64,
     inverse_beta: tl.float64,
     scale: tl.float64,
-    inside_number: tl.float64,
     outside_number: tl.float64,
     ACCESS: tl.constexpr,
     MASKS: tl.constexpr,
@@ -223,8 +222,8 @@ def smooth_l1_kernel(
     operands:      pointers in the order INPUT, TARGET, INSIDE, OUTSIDE, BETA, UPSTREAM: input and
                    target of any float dtype and of the input's shape; weights of any real dtype,
                    beta and the upstream gradient of any float dtype, that broadcast to it by
-                   strides of 0. Absent weights and beta are their numbers, an absent upstream
-                   gradient is 1. Where beta is not in [0, inf), loss and gradients are NaN
+                   strides of 0. Absent outside weights and beta are their numbers, whatever else
+                   is absent is 1. Where beta is not in [0, inf), loss and gradients are NaN
     gradients:     pointers in the same order, [numel] each, any float dtype; None: not wanted
     loss_ptr:      any float dtype; REDUCE: one element, otherwise [numel]; None: not wanted
     divisor_ptr:   any real dtype, one element; None: `scale` is used
@@ -234,7 +233,7 @@ def smooth_l1_kernel(
                    ALIGNED; None: no operand needs them
     strides:       of each operand, in elements, one per size; None: not needed
     numel:         elements of the input
-    inside_number, outside_number: the weights where there are no operands for them
+    outside_number: what the loss is multiplied by where there is no operand for it
     scale:         what the sum is multiplied by, 1 / divisor
     beta, inverse_beta: where the quadratic part ends, in [0, inf), and 1 / beta, where there is no
                    operand for it
@@ -281,7 +280,7 @@ def smooth_l1_kernel(
             else:
                 within = group + lane < numel
             inside, selected_inside = _weight(
-                *(operands, strides, ACCESS, MASKS, INSIDE, inside_number),
+                *(operands, strides, ACCESS, MASKS, INSIDE, 1),
                 *(sizes, group, lane, within, ALIGNED, COMPUTE),
             )
             outside, selected_outside = _weight(

@@ -183,7 +183,7 @@ def _launch(
             addresses + workspace_addresses,
             (
                 *(*launch.walk, *beta_and_inverse(problem), 1.0 / problem.divisor_number),
-                *(problem.inside_number, problem.outside_number, *launch.constants),
+                *(problem.outside_number, *launch.constants),
             ),
         )
     except BaseException:

@@ -40,7 +40,7 @@ class SmoothL1Loss(nn.Module):
         self,
         input: Tensor,
         target: Tensor,
-        inside_weights: Value = None,
+        inside_weights: Tensor | None = None,
         outside_weights: Value = None,
         normalizer: Value = None,
     ) -> Tensor:

@@ -24,6 +24,7 @@ from fused_smoothl1.problem import (
     LARGEST,
     NO_NEEDS,
     OPERANDS,
+    OUTSIDE,
     TENSORS,
     TO_NUMBER,
     Gradients,
@@ -90,7 +91,7 @@ def _without_symbols(problem: Problem, sigma: float | None) -> Problem:
     Whatever takes such a symbol itself is compiled anew for every value, or cannot take it.
     """
     fields: list[Any] = list(problem)
-    for tensor in range(2, TENSORS):
+    for tensor in range(OUTSIDE, TENSORS):
         number = fields[tensor + TO_NUMBER]
         if not is_static(number):
             # (With new_ones, the product would be compiled for every value under torch.vmap.)

@@ -26,11 +26,12 @@ FULL_RANGE = {
     torch.float64: (torch.float64,),
 }
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
-# The first OPERANDS fields of a problem may need gradients, and the first TENSORS are tensors. The
-# number that may stand for a tensor is TO_NUMBER fields behind it.
+# The first OPERANDS fields of a problem may need gradients, and the first TENSORS are tensors. From
+# OUTSIDE on a number may stand for a tensor, TO_NUMBER fields behind it.
+OUTSIDE: Final = 3
 OPERANDS: Final = 5
 TENSORS: Final = 6
-TO_NUMBER: Final = 4
+TO_NUMBER: Final = 3
 
 
 class Problem(NamedTuple):
@@ -51,7 +52,6 @@ class Problem(NamedTuple):
     """
     divisor: Tensor | None
     """One element that stays on its device: what the sum is divided by."""
-    inside_number: float
     outside_number: float
     beta_number: float
     divisor_number: float
@@ -75,7 +75,6 @@ def make_problem(
     outside: Tensor | None = None,
     beta: Tensor | None = None,
     divisor: Tensor | None = None,
-    inside_number: float = 1.0,
     outside_number: float = 1.0,
     beta_number: float = 1.0,
     divisor_number: float = 1.0,
@@ -99,7 +98,6 @@ def make_problem(
         outside,
         beta,
         divisor,
-        inside_number,
         outside_number,
         beta_number,
         divisor_number,
@@ -218,16 +216,14 @@ def split_weights(
     """Return the masks, as bool, and what inside and outside weights multiply by; None is 1."""
     masks: list[Tensor] = []
     multipliers: list[Tensor | None] = []
-    for weights, number in (
-        (problem.inside, problem.inside_number),
-        (problem.outside, problem.outside_number),
-    ):
+    for weights in (problem.inside, problem.outside):
         if is_mask(weights):
             masks.append(weights if weights.dtype == torch.bool else weights != 0)
-            multipliers.append(None)
-        else:
-            multipliers.append(as_tensor(number) if weights is None and number != 1 else weights)
+            weights = None
+        multipliers.append(weights)
     inside, outside = multipliers
+    if problem.outside_number != 1:
+        outside = as_tensor(problem.outside_number)
     return masks, inside, outside
 
 

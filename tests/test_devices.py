@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import fused_smoothl1
-from fused_smoothl1 import SmoothL1Loss, dispatch, eager, ops, smooth_l1_loss
-from fused_smoothl1.problem import Problem
+from fused_smoothl1 import SmoothL1Loss, dispatch, eager, smooth_l1_loss
 from tests.conftest import HAS_TRITON
 from tests.support import backend_set, gaussian
 
@@ -198,14 +197,3 @@ def test_no_kernel_for_a_device_without_a_compiler(monkeypatch: pytest.MonkeyPat
             dispatch.backend_on(torch.device(device))
     with backend_set("triton"):  # Where nothing is computed, nothing has to be compiled.
         assert dispatch.backend_on(torch.device("meta")) is eager
-
-
-def test_python_bool_is_a_mask_on_the_inputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel would look for another device's memory on its own."""
-    problems: list[Problem] = []
-    monkeypatch.setattr(ops, "loss", lambda problem, sigma: problems.append(problem))
-    input = torch.empty(6, 4, device="meta")
-    smooth_l1_loss(input, input, True, False)
-    for mask in (problems[0].inside, problems[0].outside):
-        assert isinstance(mask, torch.Tensor)
-        assert mask.is_meta

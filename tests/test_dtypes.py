@@ -126,7 +126,7 @@ def test_promotion(
 
 def test_numbers_and_normalizers_do_not_promote(backend: str, device: str) -> None:
     input, target = (gaussian(6, dtype=torch.float16, seed=s, device=device) for s in (1, 2))
-    assert smooth_l1_loss(input, target, 0.5, 2, reduction="none").dtype == torch.float16
+    assert smooth_l1_loss(input, target, None, 2, reduction="none").dtype == torch.float16
     wide = torch.tensor(2.0, dtype=torch.float64, device=device)
     assert smooth_l1_loss(input, target, reduction="sum", normalizer=wide).dtype == torch.float32
 
@@ -155,7 +155,8 @@ def test_float16_difference_beyond_its_range(backend: str, device: str) -> None:
     """60000 - (-60000) overflows in float16 and not in the sum."""
     input = torch.full((8,), 60000.0, dtype=torch.float16, device=device, requires_grad=True)
     check(input, -input.detach(), reduction="sum")
-    loss = smooth_l1_loss(input, -input.detach(), 2.0**-4, reduction="none")
+    small = torch.tensor(2.0**-4, dtype=torch.float16, device=device)
+    loss = smooth_l1_loss(input, -input.detach(), small, reduction="none")
     assert loss.isfinite().all()
 
 

@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,71 @@ def test_tensors_that_do_not_broadcast(
 ) -> None:
     call = _call(device, **{name: torch.ones(shape, dtype=dtype, device=device)})
     parts = (re.escape(str(shape)), re.escape(str(SHAPE)), "broadcast")
-    message = _raises(ValueError, call, name, *parts)
-    # The way out is shown to whom it helps.
-    assert (f"{name}[:, None]" in message) == (shape == SHAPE[:1])
+    _raises(ValueError, call, name, *parts)
+
+
+# Shapes of the input and of a tensor that does not broadcast to it, and the way out.
+WAYS_OUT = [
+    ((6, 4), (6,), "[:, None]"),  # rows
+    ((2, 5, 8), (2, 5), "[:, :, None]"),  # tokens of hidden states
+    ((2, 5, 8), (2,), "[:, None, None]"),
+    ((2, 5, 8), (5,), "[:, None]"),
+    ((2, 3, 5, 7), (2, 5, 7), "[:, None, :, :]"),  # pixels
+    ((2, 3, 5, 7), (2, 5), "[:, None, :, None]"),
+    ((4, 1, 5, 7), (4, 5, 7), "[:, None, :, :]"),
+    ((4, 1, 4, 32), (4,), ""),  # samples, or rows of pixels?
+    ((4, 4, 8), (4,), ""),
+    ((3, 3, 4, 4, 8), (3, 4), ""),
+    ((8,), (8, 1), ".squeeze(1)"),
+    ((8,), (1, 8), ".squeeze(0)"),
+    ((2, 5, 7), (2, 1, 5, 7), ".squeeze(1)"),
+    ((6, 4), (6, 1, 1), ".squeeze(1)"),  # or the other one: the same
+    ((4, 4), (4, 1, 4), ".squeeze(1)"),
+    ((4, 4), (1, 4, 1), ""),  # rows, or columns?
+    ((6, 4), (4, 1), ""),
+    ((6, 4), (1, 6), ""),
+    ((6, 4), (5,), ""),
+    ((6, 4), (6, 2), ""),
+    ((6, 4), (4, 6), ""),
+]
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, "sigma", "beta"])
+@pytest.mark.parametrize(("full", "shape", "way_out"), WAYS_OUT, ids=str)
+def test_the_way_out_is_shown_where_there_is_one(
+    full: tuple[int, ...], shape: tuple[int, ...], way_out: str, name: str, device: str
+) -> None:
+    """And it is one."""
+    input, value = torch.zeros(full, device=device), torch.ones(shape, device=device)
+    message = _raises(ValueError, _call(device, input=input, target=input, **{name: value}), name)
+    _, _, shown = message.partition(": pass ")
+    assert shown == (f"{name}{way_out}" if way_out else "")
+    if way_out:
+        smooth_l1_loss(input, input, **{name: eval(shown, {name: value})})
+
+
+@pytest.mark.parametrize(
+    ("shape", "full", "helps"),
+    [
+        ((64,), (64, 1), True),  # a value function's output and its returns
+        ((64, 1), (64,), True),
+        ((1, 64), (64, 1), True),
+        ((2, 5, 7), (2, 1, 5, 7), True),
+        ((64,), (64, 4), False),
+        ((4, 64), (64, 4), False),
+        ((), (4,), False),
+    ],
+    ids=str,
+)
+def test_the_way_out_for_targets(
+    shape: tuple[int, ...], full: tuple[int, ...], helps: bool, device: str
+) -> None:
+    input, target = torch.zeros(full, device=device), torch.zeros(shape, device=device)
+    message = _raises(ValueError, _call(device, input=input, target=target), "target")
+    _, _, shown = message.partition(": pass ")
+    assert shown == ("target.reshape_as(input)" if helps else "")
+    if helps:
+        smooth_l1_loss(input, eval(shown, {"input": input, "target": target}))
 
 
 @pytest.mark.parametrize("name", [*WEIGHTS, "sigma", "beta"])
@@ -132,14 +195,40 @@ def test_not_a_tensor(value: Any, name: str, backend: str, device: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize(
     "value",
-    ["1.0", [1.0, 2.0], np.ones(SHAPE), 1j, object()],
+    [[1.0, 2.0], np.ones(SHAPE), 1j, object()],
     ids=lambda value: type(value).__name__,
 )
 def test_weights_that_are_neither_number_nor_tensor(
     value: Any, name: str, backend: str, device: str
 ) -> None:
     call = _call(device, **{name: value})
-    _raises(TypeError, call, name, type(value).__name__, "Tensor", "number")
+    message = _raises(TypeError, call, name, type(value).__name__, "Tensor")
+    assert ("number" in message) == (name == "outside_weights")
+
+
+@pytest.mark.parametrize("value", [0.111, 0, 3, 1 / 9, np.float32(0.5), Fraction(1, 4)], ids=repr)
+def test_numbers_are_no_inside_weights(value: Any, backend: str, device: str) -> None:
+    """In detectron2 and fvcore the third argument is beta."""
+    pair = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
+    message = (
+        f"inside_weights must be a torch.Tensor, got {value!r}: "
+        f"for the transition point pass beta={value}"
+    )
+    assert _raises(TypeError, lambda: smooth_l1_loss(*pair, value, reduction="sum")) == message
+    assert _raises(TypeError, lambda: SmoothL1Loss()(*pair, value)) == message
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_arguments_of_other_libraries_in_the_place_of_weights(
+    name: str, backend: str, device: str
+) -> None:
+    """PyTorch's size_average and reduce, and a reduction by position."""
+    for flag in (True, False):
+        call = _call(device, **{name: flag})
+        _raises(TypeError, call, name, f"got {flag}", "size_average", "reduction", "bool tensor")
+    for text in ("sum", "mask"):
+        call = _call(device, **{name: text})
+        _raises(TypeError, call, name, f"got '{text}'", "reduction goes by name")
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -329,9 +418,7 @@ def test_numpy_bool_is_told_from_bool(backend: str, device: str) -> None:
         _raises(TypeError, call, name, r"numpy\.bool")
 
 
-@pytest.mark.parametrize(
-    "name", ["sigma", "beta", "inside_weights", "outside_weights", "normalizer"]
-)
+@pytest.mark.parametrize("name", ["sigma", "beta", "outside_weights", "normalizer"])
 def test_number_beyond_floats(name: str, backend: str, device: str) -> None:
     _raises(ValueError, _call(device, reduction="sum", **{name: 10**400}), name, "float")
 

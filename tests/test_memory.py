@@ -153,7 +153,7 @@ CASES: dict[str, Callable[[int, str], list[Any]]] = {
         _filled(n // 64, 1, device=d),
         _filled(1, 64, device=d),
     ],
-    "numbers": lambda n, d: [0.5, torch.tensor(2.0, device=d)],
+    "single values": lambda n, d: [torch.tensor(2.0, device=d), 0.5],
     "expanded weights": lambda n, d: [
         _filled(n // 64, 1, device=d).expand(n // 64, 64),
         _filled(64, device=d).expand(n // 64, 64),

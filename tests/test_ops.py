@@ -4,7 +4,7 @@
 shapes, and compares; that it mutates nothing and returns no alias is part of it.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -55,7 +55,6 @@ def _problem(
         weights("outside", outside, 4),
         None if transition is None else transition.requires_grad_("beta" in wanted),
         divisor=torch.tensor(3.0, device=device) if reduce and tensor_divisor else None,
-        inside_number=inside if isinstance(inside, float) else 1.0,
         outside_number=outside if isinstance(outside, float) else 1.0,
         divisor_number=24 if reduce and not tensor_divisor else 1.0,
         beta_number=0.5 if beta is None else 1.0,
@@ -80,7 +79,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "beta": {"beta": (), "outside": (6, 1)},
     "beta alone": {"beta": (4,), "inside": "rows", "reduce": False, "requires_grad": "beta"},
     "weights alone": {"inside": (6, 4), "outside": (6, 1), "requires_grad": "inside outside"},
-    "normalizer": {"tensor_divisor": True, "inside": 0.5, "outside": -2.0},
+    "normalizer": {"tensor_divisor": True, "outside": -2.0},
     "none": {"reduce": False, "requires_grad": "input target"},
     "none with trained weights": {
         "reduce": False,
@@ -180,7 +179,7 @@ def test_fake_tensors_match_real_ones(
 
     def step(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         input = input.detach().requires_grad_()
-        loss = smooth_l1_loss(input, target, 0.5, sigma=2.0, reduction=reduction)
+        loss = smooth_l1_loss(input, target, None, 0.5, sigma=2.0, reduction=reduction)
         return loss, torch.autograd.grad(loss, input, torch.ones_like(loss))[0]
 
     real = step(input, target)
@@ -250,12 +249,12 @@ def test_gradients_of_the_operator(name: str, backend: str, device: str) -> None
 
 
 def _plain(problem: Problem) -> Tensor:
-    inside, outside, beta, divisor = (
-        number if tensor is None else tensor
-        for tensor, number in zip(problem[2:6], problem[6:10], strict=True)
+    outside, beta, divisor = (
+        cast(Any, number if tensor is None else tensor)
+        for tensor, number in zip(problem[3:6], problem[6:9], strict=True)
     )
     return smooth_l1_loss(
-        *(problem.input, problem.target, inside, outside),
+        *(problem.input, problem.target, problem.inside, outside),
         beta=beta,
         reduction="sum" if problem.reduce else "none",
         normalizer=divisor if problem.reduce else None,

@@ -81,14 +81,13 @@ def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, special
 
 
 @st.composite
-def weights(draw: st.DrawFn, shape: tuple[int, ...], special: bool) -> Any:
-    kind = draw(st.sampled_from(["none", "none", "number", "bool", "tensor", "tensor", "tensor"]))
-    if kind == "none":
+def weights(draw: st.DrawFn, shape: tuple[int, ...], special: bool, numbers: list[Any]) -> Any:
+    """Return None, one of the numbers, or a tensor."""
+    other = draw(st.sampled_from([None, None, *numbers[:1], Tensor, Tensor, Tensor]))
+    if other is None:
         return None
-    if kind == "number":
-        return draw(st.sampled_from([0, 1, -2, 0.5, 0.0, 1.7]))
-    if kind == "bool":
-        return draw(st.booleans())
+    if other is not Tensor:
+        return draw(st.sampled_from(numbers))
     dtype = draw(st.sampled_from(REAL))
     return draw(tensors(draw(patterns(shape)), dtype, special))
 
@@ -122,8 +121,8 @@ def calls(draw: st.DrawFn) -> Call:
     operands: list[Any] = [
         draw(tensors(shape, dtype, special)),
         draw(tensors(shape, other, special)),
-        draw(weights(shape, special)),
-        draw(weights(shape, special)),
+        draw(weights(shape, special, [])),
+        draw(weights(shape, special, [0, 1, -2, 0.5, 0.0, 1.7])),
     ]
     for operand in operands:
         if isinstance(operand, Tensor) and operand.is_floating_point():

@@ -52,7 +52,6 @@ def _problems(masks: bool) -> Iterator[Problem]:
             weights(outside, 12),
             None if outside is None else gaussian(*outside, seed=5).abs(),
             divisor=torch.tensor(3.0) if reduce else None,
-            inside_number=0.5 if inside is None else 1.0,
             outside_number=0.5 if outside is None else 1.0,
             beta_number=0.5 if outside is None else 1.0,
             reduce=reduce,

@@ -5,11 +5,14 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 from torch.utils.checkpoint import checkpoint
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
@@ -63,6 +66,45 @@ def test_autocast_changes_no_number(dtype: torch.dtype, backend: str, device: st
         found = _loss_and_gradients(operands, **options)
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("how", ["plain", "compiled", "compiled with it", "vmap", "make_fx"])
+def test_autocast_gives_each_element_in_float32(
+    how: str, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """As PyTorch's own loss, and float64 in float64: what is small is not rounded to 0."""
+    input = torch.full((3, 4), 1e-4, dtype=dtype, device=device, requires_grad=True)
+    target = torch.zeros_like(input)
+
+    def step(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss(input, target, reduction="none")
+
+    ours: Callable[..., Any] = partial(step, smooth_l1_loss)
+    if how == "compiled":
+        compiled = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)
+        ours = partial(step, compiled)
+    elif how == "compiled with it":
+        ours = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    elif how == "vmap":
+        ours = torch.vmap(ours)
+    elif how == "make_fx":
+        ours = make_fx(ours)(input, target)
+    found, expected = ours(input, target), step(F.smooth_l1_loss, input, target)
+    assert found.dtype == expected.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, expected)
+    assert found.count_nonzero() == 12
+    above = torch.full_like(found, 1.5)
+    for one, other in zip(
+        torch.autograd.grad(found, input, above),
+        torch.autograd.grad(expected, input, above),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype == dtype
+        torch.testing.assert_close(one, other)
+    outside = smooth_l1_loss(input, target, reduction="none")
+    assert outside.dtype == dtype
 
 
 def test_grad_scaler(backend: str, device: str) -> None:

@@ -10,7 +10,7 @@ from tests.support import coin, gaussian
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 VARIANTS = (
     "plain",
-    "numbers",
+    "number",
     "row_weights",
     "trained_weights",
     "bool_rows",
@@ -39,11 +39,11 @@ def make(
         return gaussian(*shape, seed=seed, dtype=dtype, device=device, requires_grad=requires_grad)
 
     input, target = values(rows, 4, seed=rows), values(rows, 4, seed=rows + 1)
-    inside: Any = None
+    inside: Tensor | None = None
     outside: Any = None
     options: dict[str, Any] = {"sigma": 1.5}
-    if variant == "numbers":
-        inside, outside = 0.75, -2.0
+    if variant == "number":
+        outside = -2.0
     elif variant == "row_weights":
         inside, outside = values(rows, 1, seed=3), values(4, seed=4)
         target.requires_grad_()
