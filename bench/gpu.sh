@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in three stages that each fit into one short call:
+# What only a GPU can show, in four stages that each fit into one short call:
 #
 #     bash bench/gpu.sh measure [DIR]    240 s: a smoke test, then the benchmark
-#     bash bench/gpu.sh check [DIR]      240 s: the tests, then compute-sanitizer
 #     bash bench/gpu.sh sweep [DIR]      180 s: `python -m bench sweep`, the launch's constants
+#     bash bench/gpu.sh check [DIR]      240 s: the tests
+#     bash bench/gpu.sh sanitize [DIR]   180 s: every kind of launch under compute-sanitizer
 #
 # DIR (bench/results without one) gets a log of each step, STAGE.txt with the environment and the
 # outcome, and the figures: each is written as soon as it is there, the most telling first, so what
@@ -15,16 +16,15 @@ set -u
 
 readonly GRACE_SECONDS=15  # between the polite signal and the hard one
 readonly SMOKE_SECONDS=60  # at most
-readonly SUITE_SECONDS=190 # at most: the sanitizers have what is left of the stage
 readonly LEAST_SECONDS=15  # for a sanitizer to be worth its start
 readonly END_SECONDS=10    # for the workload in hand when a benchmark's time ends, and the tables
 
 stage=${1:-}
 case $stage in
   measure | check) total=240 ;;
-  sweep) total=180 ;;
+  sweep | sanitize) total=180 ;;
   *)
-    echo "usage: bash bench/gpu.sh measure|check|sweep [DIR]" >&2
+    echo "usage: bash bench/gpu.sh measure|sweep|check|sanitize [DIR]" >&2
     exit 2
     ;;
 esac
@@ -113,29 +113,34 @@ measure() {
     "$python" -m bench --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
 }
 
+sweep() {
+  # Without a GPU the kernel runs in Triton's interpreter.
+  [[ $device == cpu ]] && export TRITON_INTERPRET=1
+  step sweep "$(left)" 300 \
+    "$python" -m bench sweep --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
+}
+
 check() {
   # What takes longest and what has never run without a GPU come first. Types, machine code, faults
   # of Triton's and several processes need no GPU.
   local files=(
-    tests/test_properties.py tests/test_first_launch.py tests/test_streams_and_graphs.py
-    tests/test_determinism.py tests/test_layouts.py tests/test_bench.py tests/test_export.py
+    tests/test_transition.py tests/test_properties.py tests/test_first_launch.py
+    tests/test_streams_and_graphs.py tests/test_determinism.py tests/test_layouts.py
+    tests/test_bench.py tests/test_export.py
   )
-  local spared="typing codegen toolchain distributed processes" file tool
+  local spared="typing codegen toolchain distributed processes" file
   for file in tests/test_*.py; do
     case " ${files[*]} $(printf 'tests/test_%s.py ' $spared)" in
       *" $file "*) ;;
       *) files+=("$file") ;;
     esac
   done
-  suite pytest "$SUITE_SECONDS" "${files[@]}"
-  for tool in memcheck racecheck initcheck; do sanitizer "$tool"; done
+  suite pytest "$(left)" "${files[@]}"
 }
 
-sweep() {
-  # Without a GPU the kernel runs in Triton's interpreter.
-  [[ $device == cpu ]] && export TRITON_INTERPRET=1
-  step sweep "$(left)" 300 \
-    "$python" -m bench sweep --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
+sanitize() {
+  local tool
+  for tool in memcheck racecheck initcheck; do sanitizer "$tool"; done
 }
 
 {

@@ -130,8 +130,8 @@ def launches(action: Action) -> int | None:
 def replayed(actions: Sequence[Callable[[], Any]], device: torch.device) -> Callable[[], Any]:
     """Capture the actions in one CUDA graph; return its replay, which does all of them anew.
 
-    It gives the tensors of the first. (Of graphs of one action each, replayed in turns, each would
-    take up to 25 us more: a GPU is slow in going from one graph to another of many.)
+    It gives the tensors of the first. (Graphs of one action each, replayed in turns, would each
+    take longer: a GPU is slow in going from one of many graphs to the next.)
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))

@@ -431,7 +431,7 @@ def test_gpu_script_names_its_stages(arguments: list[str]) -> None:
         ["bash", "bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert "measure|check|sweep" in result.stderr
+    assert "measure|sweep|check|sanitize" in result.stderr
 
 
 @on_gpu
