@@ -1,4 +1,7 @@
-"""What the README's table of comparison says of PyTorch's own losses, and of this one."""
+"""What the README's table of comparison says of PyTorch's own losses, and of this one.
+
+A test for each row. What it says of mmdetection stands in that library's source.
+"""
 
 import inspect
 import math
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 
+from bench.traffic import Traffic
 from fused_smoothl1 import smooth_l1_loss
 from tests.support import gaussian
 
@@ -29,6 +33,69 @@ def test_parameters() -> None:
     assert not {"sigma", "weight", "normalizer"} & plain
     assert {"delta", "weight"} <= huber
     assert not {"beta", "sigma", "normalizer"} & huber
+    ours = set(inspect.signature(smooth_l1_loss).parameters)
+    assert {"sigma", "beta", "inside_weights", "outside_weights", "normalizer"} <= ours
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_reductions(loss: Loss, device: str) -> None:
+    input, target = gaussian(5, 4, seed=1, device=device), gaussian(5, 4, seed=2, device=device)
+    losses = loss(input, target, reduction="none")
+    assert losses.shape == input.shape
+    torch.testing.assert_close(loss(input, target, reduction="sum"), losses.sum())
+    torch.testing.assert_close(loss(input, target, reduction="mean"), losses.mean())
+    if _is_ours(loss):
+        batchmean = loss(input, target, reduction="batchmean")
+        torch.testing.assert_close(batchmean, losses.sum(1).mean())
+    else:
+        with pytest.raises(ValueError, match="batchmean"):
+            loss(input, target, reduction="batchmean")
+
+
+def test_weights_broadcast(device: str) -> None:
+    input, column = gaussian(6, 4, seed=1, device=device), gaussian(6, 1, seed=2, device=device)
+    weights: dict[str, Any] = {"inside_weights": column, "outside_weights": column.t()[:, :4]}
+    full = {name: tensor.expand(6, 4).clone() for name, tensor in weights.items()}
+    target = torch.zeros_like(input)
+    found = smooth_l1_loss(input, target, **weights)
+    torch.testing.assert_close(found, smooth_l1_loss(input, target, **full))
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_double_backward(loss: Loss, device: str) -> None:
+    """The second derivative is 1 where the loss is quadratic, and 0 elsewhere."""
+    input = torch.tensor([0.25, -0.5, 3.0, -2.0], device=device, requires_grad=True)
+    value = loss(input, torch.zeros_like(input), reduction="sum")
+    (gradient,) = torch.autograd.grad(value, input, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), input)
+    assert second.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("where", ["cpu", "device"])
+@pytest.mark.parametrize("loss", ALL)
+def test_devices(loss: Loss, where: str, device: str) -> None:
+    place = device if where == "device" else where
+    input = torch.tensor([0.5, -2.0], device=place, requires_grad=True)
+    value = loss(input, torch.zeros_like(input), reduction="sum")
+    value.backward()
+    assert value.item() == 0.125 + 1.5
+    assert input.grad is not None
+    assert input.grad.tolist() == [0.5, -1.0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_launches(reduction: str, device: str, launches: list[str]) -> None:
+    input = gaussian(6, 4, seed=1, device=device, requires_grad=True)
+    target = torch.zeros_like(input)
+    losses = smooth_l1_loss(input, target, reduction=reduction)
+    losses.backward(torch.full_like(losses, 1.5))
+    # (What is small is multiplied by PyTorch.)
+    assert len(launches) == (2 if reduction == "none" else 1)
+    for loss in THEIRS:
+        with Traffic() as seen:
+            losses = loss(input, target, reduction=reduction)
+            losses.backward(torch.full_like(losses, 1.5))
+        assert len(seen.kernels) > 2
 
 
 def test_huber_is_scaled_by_delta(device: str) -> None:
