@@ -3,7 +3,8 @@
 import json
 import platform
 import re
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from itertools import groupby
@@ -17,8 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils import collect_env
 
+from bench.workloads import CASES, GRAPH
+
 RESULTS = Path(__file__).parent / "results"
 PLAIN_WIDTH = 150  # columns where the output is no terminal: wider than any table here
+TEXT_WIDTH = 100  # columns of what is to be read, not compared
 MISSING = "-"
 HEADINGS = (
     *("median\nms", "20th\nms", "80th\nms", "{}\nis"),
@@ -169,10 +173,10 @@ def table(title: str, names: Iterable[str], figures: Iterable[str]) -> Table:
     return empty
 
 
-def print_report(report: Report, compared: str) -> None:
+def print_report(report: Report, compared: str, rivals: Mapping[str, str]) -> None:
     """Print the machine, a table per case, every problem in words, and how to read it.
 
-    `compared` is the rival with which the others are compared.
+    `compared` is the rival with which the others are compared; `rivals` says what they are.
     """
     out = console()
     out.print(f"\n{report.machine}{report.load}")
@@ -188,6 +192,28 @@ def print_report(report: Report, compared: str) -> None:
     for reason in reasons:
         out.print(Text(reason, style="yellow"))
     out.print(LEGEND.format(compared, report.copy_gbps))
+    cases = {part for row in report.rows for part in row.case.partition(GRAPH)}
+    names = {row.rival for row in report.rows}
+    for title, lines, found in (("Workloads", CASES, cases), ("Rivals", rivals, names)):
+        occurring = {name: line for name, line in lines.items() if name in found}
+        if occurring:
+            out.print(f"\n{explained(title, occurring)}")
+
+
+def explained(title: str, lines: Mapping[str, str]) -> str:
+    """Return a title, and below it each name with what is said of it, wrapped."""
+    column = max(map(len, lines)) + 2
+    texts = [
+        textwrap.fill(
+            line,
+            TEXT_WIDTH,
+            initial_indent=f"  {name:{column}}",
+            subsequent_indent=" " * (column + 2),
+            break_on_hyphens=False,
+        )
+        for name, line in lines.items()
+    ]
+    return "\n".join([f"{title}:", *texts])
 
 
 def host_table(times: dict[str, dict[str, float]]) -> Table:

@@ -14,7 +14,7 @@ workload wants none). Some choices make the rivals as strong as they can be:
   weights on a GPU. Its operators are called; PyTorch's stay as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -36,12 +36,16 @@ Formula = Callable[..., Tensor]  # of the arguments of `smooth_l1_loss`
 
 @dataclass(frozen=True)
 class Rival:
-    """A name, a function that makes steps, and for which workloads it does."""
+    """A name, a function that makes steps, and for which workloads it does.
+
+    `what` says in a line what it is, where the name does not.
+    """
 
     name: str
     step: Callable[[Workload], Step]
     is_rival_of: Callable[[Workload], bool] = lambda workload: True
     compiles: bool = False
+    what: str | None = None
 
 
 def classic(
@@ -264,21 +268,37 @@ RIVALS = (
         "eager_classic",
         partial(autograd_step, classic, masks_as_floats=True),
         lambda workload: workload.is_weighted,
+        what="the formula of Faster R-CNN ports, written out: both branches of every element, each"
+        " multiplied by 0 or 1",
     ),
-    Rival("eager_composition", partial(autograd_step, composition, masks_as_floats=True)),
+    Rival(
+        "eager_composition",
+        partial(autograd_step, composition, masks_as_floats=True),
+        what="the best composition found in eager PyTorch: `F.smooth_l1_loss` with the weights"
+        " around it; for tensor_beta the formula written out, for drafter EAGLE's own",
+    ),
     Rival(
         "eager_index",
         partial(autograd_step, by_index),
         # A graph cannot wait for the host.
         lambda workload: workload.spec.case == "row_mask" and not workload.spec.graph,
+        what="picks the selected rows with `nonzero` and indexing, as detectors do; on a GPU the"
+        " host waits",
     ),
-    Rival("compile", _compiled_step, compiles=True),
+    Rival(
+        "compile",
+        _compiled_step,
+        compiles=True,
+        what="eager_composition under `torch.compile`, with an ordinary backward",
+    ),
     Rival(
         "compile_grad_and_value",
         _grad_and_value_step,
         # Both come out of one pass: not where the loss of every element is out before the gradient.
         lambda workload: workload.backward and workload.reduction != "none",
         compiles=True,
+        what="eager_composition and its gradient, by `torch.func.grad_and_value`, compiled as one"
+        " function",
     ),
     Rival(
         "flag_gems",
@@ -289,6 +309,12 @@ RIVALS = (
             and not w.is_weighted
             and w.beta is None
         ),
+        what="the operator of FlagGems, a library of Triton operators; without weights, on a GPU",
     ),
-    Rival(FUSED, partial(autograd_step, smooth_l1_loss)),
+    Rival(FUSED, partial(autograd_step, smooth_l1_loss), what="this library's `smooth_l1_loss`"),
 )
+
+
+def lines_of(rivals: Sequence[Rival]) -> dict[str, str]:
+    """Return what is said of each, by name."""
+    return {rival.name: rival.what for rival in rivals if rival.what is not None}

@@ -17,9 +17,18 @@ from rich.progress import Progress
 from bench import COMMANDS, check, measure
 from bench.host import host_us
 from bench.measure import Action
-from bench.report import RESULTS, Report, Row, console, describe, file_stem, print_report
-from bench.rivals import FUSED, RIVALS, Rival, Step
-from bench.workloads import Spec, Workload, build, rotation, specs
+from bench.report import (
+    RESULTS,
+    Report,
+    Row,
+    console,
+    describe,
+    explained,
+    file_stem,
+    print_report,
+)
+from bench.rivals import FUSED, RIVALS, Rival, Step, lines_of
+from bench.workloads import CASES, Spec, Workload, build, rotation, specs
 
 SECONDS, QUICK_SECONDS = 2.0, 0.5  # of timing, for all rivals of a workload together
 HOST_SECONDS = 10.0  # what the host times may take, compilation of their kernels included
@@ -136,7 +145,7 @@ class Run:
             self.report.left_out.append("Interrupted: this is what was measured until then.")
             status = INTERRUPTED
         self.report.write(self.path)
-        print_report(self.report, compared)
+        print_report(self.report, compared, lines_of(self.rivals))
         print(f"Wrote {self.path}.")
         return status
 
@@ -196,7 +205,11 @@ def begin(options: argparse.Namespace, rivals: Sequence[Rival], seconds: float, 
 
 def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     """Return a parser of what every measuring command understands."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="for the results")
     parser.add_argument(
         "--limit",
@@ -230,7 +243,13 @@ def device_named(name: str) -> torch.device:
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return 0, 1 if something failed, or 130 if it was interrupted."""
     parser = parser_of("python -m bench", __doc__ or "")
-    parser.epilog = f"Other commands: {', '.join(COMMANDS)}; each has a --help of its own."
+    parser.epilog = "\n\n".join(
+        [
+            explained("Workloads", CASES),
+            explained("Rivals", lines_of(RIVALS)),
+            f"Other commands: {', '.join(COMMANDS)}; each has a --help of its own.",
+        ]
+    )
     parser.add_argument("--quick", action="store_true", help="three workloads, under 40 s")
     busy = "with a process that spins for each of PyTorch's threads"
     parser.add_argument("--busy", action="store_true", help=busy)

@@ -19,6 +19,24 @@ LATENTS = (4, 64, 64)  # of an image, which a diffusion model learns: a sample o
 SELECTED_TOKENS = 0.5
 FLOAT16_LOSS_SCALE = 65536.0  # GradScaler's first scale: without one, float16 gradients underflow
 SEED = 20_150_604
+GRAPH = "_graph"
+CASES = {
+    "rpn": "the real targets and weights of one training image of a region proposal network",
+    "dense": "an inside and an outside weight for each element, and the mean",
+    "row_mask": f"a bool mask that selects {SELECTED_BOXES:.0%} of the boxes; the sum is divided by"
+    " their number",
+    "element_mask": f"a bool mask that selects {SELECTED_ELEMENTS:.0%} of the elements; the sum is"
+    " divided by their number",
+    "broadcast": "an inside weight for each coordinate, and an outside weight for each box",
+    "no_weights": "input and target alone, as `F.smooth_l1_loss` takes them",
+    "none": "no weights and no reduction: the loss of each element, and a gradient for each",
+    "tensor_beta": "a beta for each sample, as a schedule of a diffusion model's noise gives it",
+    "drafter": f"hidden states of tokens, of which a mask selects {SELECTED_TOKENS:.0%}, as"
+    " drafters for speculative decoding regress them",
+    "kernelbench": "problem 96 of KernelBench's level 1: a square matrix, the forward pass alone",
+    GRAPH: "an ending: the same in a CUDA graph, so the time of the kernels without the host's",
+}
+"""What each case is, and the ending of its name, for those who read the figures."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Spec:
     @property
     def name(self) -> str:
         """What the rows are found under."""
-        return f"{self.case}_graph" if self.graph else self.case
+        return self.case + GRAPH * self.graph
 
     @property
     def dtype_name(self) -> str:
@@ -193,18 +211,18 @@ def build(spec: Spec, device: torch.device) -> Workload:
     shape = shapes.get(spec.case, boxes)
     plain = Workload(spec, normal(*shape).requires_grad_(), normal(*shape))
     match spec.case:
-        case "no_weights":  # two reads and one write
+        case "no_weights":
             return plain
-        case "dense":  # both weights of full size: four reads and one write of every element
+        case "dense":
             inside, outside = weights(*shape), weights(*shape)
             return replace(plain, inside_weights=inside, outside_weights=outside)
-        case "none":  # the loss of every element, and a gradient of full size that arrives at it
+        case "none":
             return replace(plain, upstream=weights(*shape), reduction="none")
-        case "broadcast":  # a weight for each coordinate, and one for each box
+        case "broadcast":
             inside, outside = weights(1, COORDINATES), weights(boxes[0], 1)
             plain = replace(plain, reduction="batchmean")
             return replace(plain, inside_weights=inside, outside_weights=outside)
-        case "row_mask" | "element_mask":  # of few boxes, or of half of all; divided by the number
+        case "row_mask" | "element_mask":
             if spec.case == "row_mask":
                 mask = uniform(boxes[0], 1) < SELECTED_BOXES
             else:
@@ -212,22 +230,22 @@ def build(spec: Spec, device: torch.device) -> Workload:
             selected = mask.sum().clamp(min=1).float()
             return replace(plain, reduction="sum", inside_weights=mask, normalizer=selected)
         case "drafter":
-            # Hidden states of tokens, which drafters of speculative decoding regress: the mean over
-            # a state, then the mean over the selected tokens. The normalizer stands for both.
+            # The mean over a state, then over the selected tokens: the normalizer stands for both.
             mask = uniform(*tokens[:2], 1) < SELECTED_TOKENS
             selected = drafter_normalizer(mask, hidden)
             return replace(plain, reduction="sum", outside_weights=mask, normalizer=selected)
-        case "tensor_beta":  # one for each sample, as a schedule of a diffusion's noise gives it
+        case "tensor_beta":
             return replace(plain, beta=uniform(len(plain.input), 1, 1, 1))
-        case "kernelbench":  # its level 1, problem 96: a square matrix, and no gradient
+        case "kernelbench":
             return replace(plain, input=plain.input.detach())
-        case "rpn":  # of one training image, and a prediction as of a young network
+        case "rpn":
             # Imported here because loading scikit-learn takes a second.
             from bench.rpn import paste_digits, targets_of
 
             rng = np.random.default_rng(0)
             made = targets_of(paste_digits(rng).boxes, rng)
             target, inside, outside = (tensor.to(device) for tensor in made)
+            # Small, as the deltas of a young network are.
             prediction = torch.randn(target.shape, generator=torch.Generator().manual_seed(SEED))
             input = (0.3 * prediction).to(device).requires_grad_()
             operands = (input, target, inside, outside)

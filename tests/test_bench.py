@@ -5,6 +5,7 @@ The workloads are small here, and torch.compile is left out: what it would compi
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,11 +22,12 @@ from bench.__main__ import main as bench_main
 from bench.plot import STYLES
 from bench.plot import main as plot
 from bench.report import Report, Row, describe, number, print_report, read
-from bench.rivals import FUSED, RIVALS
+from bench.rivals import FUSED, RIVALS, lines_of
 from bench.run import Clock, Run
-from bench.workloads import Spec, Workload, build
+from bench.workloads import CASES, GRAPH, Spec, Workload, build, specs
 from tests.conftest import HAS_TRITON, on_interpreter
-from tests.test_rivals import CASES, NUMEL, numel_of
+from tests.test_rivals import CASES as MEASURED
+from tests.test_rivals import NUMEL, numel_of
 
 ROOT = Path(__file__).parent.parent
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA GPU")
@@ -43,9 +45,9 @@ def test_rows(bench_run: Run, uncompiled: None, monkeypatch: pytest.MonkeyPatch)
     """Each rival of each workload is right and has its figures; none is compiled as dynamic."""
     resets: list[None] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
-    bench_run.fill([Spec(case, numel_of(case)) for case in CASES])
-    assert len(resets) == len(CASES)
-    assert list(dict.fromkeys(row.case for row in bench_run.report.rows)) == list(CASES)
+    bench_run.fill([Spec(case, numel_of(case)) for case in MEASURED])
+    assert len(resets) == len(MEASURED)
+    assert list(dict.fromkeys(row.case for row in bench_run.report.rows)) == list(MEASURED)
     for row in bench_run.report.rows:
         assert (row.problem, row.left_out) == (None, None)
         assert row.median_ms is not None
@@ -182,7 +184,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         Row("dense", "eager_classic", "float32", 4, 80, problem="no memory"),
         Row("dense", FUSED, "float32", 4, 80, median_ms=2.0, **timed),
     ]
-    print_report(report, compared=FUSED)
+    print_report(report, compared=FUSED, rivals={})
     table = capsys.readouterr().out
     (compiled,) = (line for line in table.splitlines() if "compile" in line)
     figures = "3.000, 1.000, 3.000, 1.50x, 0.000, 1.000, 12%, -, -"
@@ -191,6 +193,44 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert [number(value) for value in (None, 4e-6, 0.51239, 117.84, 12345.6)] == [
         *("-", "0.000", "0.512", "117.8", "12,346"),
     ]
+
+
+@pytest.mark.parametrize("case", ["dense", "dense_graph"])
+def test_below_the_tables_stands_what_occurs_in_them(
+    case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report(describe(torch.device("cpu")), copy_gbps=10.0)
+    report.rows = [Row(case, name, "float32", 4, 80) for name in ("compile", FUSED)]
+    print_report(report, compared=FUSED, rivals=lines_of(RIVALS))
+    told = _squeezed(capsys.readouterr().out)
+    lines = CASES | lines_of(RIVALS)
+    found = {name for name, line in lines.items() if f"{name} {line}" in told}
+    assert found == {"dense", "compile", FUSED} | ({GRAPH} if case.endswith(GRAPH) else set())
+
+
+def test_help_says_what_workloads_and_rivals_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """And each of those that are measured has its line."""
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    told = _squeezed(capsys.readouterr().out)
+    lines = CASES | lines_of(RIVALS)
+    assert all(f" {name} {line} " in told for name, line in lines.items())
+    for device in ("cpu", "cuda"):
+        listed = specs(torch.device(device), quick=False)
+        assert {part for spec in listed for part in spec.name.partition(GRAPH) if part} <= {*CASES}
+    assert {*CASES} == {*MEASURED, "rpn", GRAPH}
+    assert {rival.name for rival in RIVALS} == {*lines_of(RIVALS)}
+
+
+def test_the_readme_says_what_workloads_and_rivals_are() -> None:
+    """In the words of the code."""
+    section = (ROOT / "bench" / "README.md").read_text().partition("## Workloads and rivals")[2]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", section.partition("\n## ")[0], re.MULTILINE)
+    assert rows == [*CASES.items(), *lines_of(RIVALS).items()]
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
 
 
 def test_pictures_of_a_report_with_gaps(tmp_path: Path) -> None:
