@@ -9,6 +9,7 @@ COMMANDS = {
     "plot": "bench.plot",
     "sweep": "bench.sweep",
     "torchvision": "bench.demos.detector",
+    "traffic": "bench.traffic",
     "train": "bench.demos.train",
 }
 """What may follow `python -m bench`, and the modules whose `main` takes the arguments after it."""
