@@ -1,7 +1,8 @@
 """The rows of a run as pictures; `python -m bench plot FILE` draws those of an earlier run.
 
-One with a column per case: time, percent of the copy, and at the largest size a bar per rival for
-time and for memory. One small enough for a README: the bars of the dense case.
+One with a column per case: over the sizes, where there are several, time and percent of the copy,
+and at the largest a bar per rival for time and for memory. One small enough for a README: the bars
+of the dense case.
 """
 
 import argparse
@@ -31,6 +32,7 @@ STYLES = {
     "flag_gems": ("#c0504d", "P"),
     FUSED: ("#0b7a3b", "o"),  # the last one, and so drawn on top
 }
+FLOOR = "floor: bytes / copy bandwidth\n(reads alone, or a cache, can beat it)"
 FLOOR_STYLE: dict[str, Any] = {"color": "black", "linestyle": (0, (2, 2)), "linewidth": 1.0}
 COLUMN_INCHES, ROW_INCHES = 3.3, 3.1
 
@@ -52,38 +54,48 @@ def write_plots(report: Report, path: Path) -> None:
         if (timed := [row for row in rows if row.median_ms is not None])
     ]
     if groups:
-        size = (max(COLUMN_INCHES * len(groups), 9.0), 4 * ROW_INCHES + 1.1)
-        figure, grid = plt.subplots(4, len(groups), figsize=size, squeeze=False)
-        for line, (label, panel) in zip(grid, PANELS, strict=True):
-            line[0].set_ylabel(label)
-            for axes, (_, rows) in zip(line, groups, strict=True):
-                panel(axes, rows, report)
-        for axes, (title, _) in zip(grid[0], groups, strict=True):
-            axes.set_title(title, fontsize=10, fontweight="bold")
+        has_sizes = [len({row.numel for row in rows}) > 1 for _, rows in groups]
+        panels = (*OVER_SIZES, *AT_LARGEST) if any(has_sizes) else AT_LARGEST
+        size = (max(COLUMN_INCHES * len(groups), 9.0), len(panels) * ROW_INCHES + 1.1)
+        figure, grid = plt.subplots(len(panels), len(groups), figsize=size, squeeze=False)
+        for line, (label, panel) in zip(grid, panels, strict=True):
+            drawn = []
+            for axes, (_, rows), several in zip(line, groups, has_sizes, strict=True):
+                if several or (label, panel) in AT_LARGEST:
+                    panel(axes, rows, report)
+                    drawn.append(axes)
+                else:
+                    axes.remove()  # A line over one size would be a dot.
+            drawn[0].set_ylabel(label)
+        for column, (title, _) in zip(grid.T, groups, strict=True):
+            highest = next(axes for axes in column if axes in figure.axes)
+            highest.set_title(title, fontsize=10, fontweight="bold")
         machine = ", ".join(str(report.machine).splitlines()) + report.load
         title = f"Smooth L1: {machine}, copy {report.copy_gbps:.1f} GB/s read + written"
-        _save(figure, title, path.with_suffix(".png"))
+        _save(figure, title, report, path.with_suffix(".png"))
     for title, rows in groups:
         case, dtype = title.splitlines()
         if case == "dense":
             figure, pair = plt.subplots(1, 2, figsize=(9.0, ROW_INCHES))
-            for axes, (label, panel) in zip(pair, PANELS[2:], strict=True):
+            for axes, (label, panel) in zip(pair, AT_LARGEST, strict=True):
                 axes.set_title(label, fontsize=10)
                 panel(axes, rows, report)
             title = (
                 f"{dtype}, both weights, forward + backward: {report.machine.device}{report.load}"
             )
-            _save(figure, title, path.with_name(f"{path.stem}-summary.png"))
+            _save(figure, title, report, path.with_name(f"{path.stem}-summary.png"))
             break
 
 
-def _save(figure: Figure, title: str, path: Path) -> None:
+def _save(figure: Figure, title: str, report: Report, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
+    names = {row.rival for row in report.rows}
     entries = [
         Line2D([], [], color=color, marker=marker, label=name)
         for name, (color, marker) in STYLES.items()
+        if name in names
     ]
-    entries.append(Line2D([], [], label="floor: bytes / copy bandwidth", **FLOOR_STYLE))
+    entries.append(Line2D([], [], label=FLOOR, **FLOOR_STYLE))
     figure.legend(handles=entries, loc="outside lower center", ncols=4, frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=100)
@@ -154,9 +166,5 @@ def _floor_ms(row: Row, report: Report) -> float:
     return row.floor_bytes / report.copy_gbps / 1e6
 
 
-PANELS = (
-    ("ms a step", _times),
-    ("percent of the copy's bandwidth", _percents),
-    ("ms a step", _time_bars),
-    ("peak extra MB, gradient included", _memory_bars),
-)
+OVER_SIZES = (("ms a step", _times), ("percent of the copy's bandwidth", _percents))
+AT_LARGEST = (("ms a step", _time_bars), ("peak extra MB, gradient included", _memory_bars))

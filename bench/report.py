@@ -31,8 +31,9 @@ HEADINGS = (
 LEGEND = """
 Milliseconds a step: forward + backward, or forward alone (kernelbench). "{} is": how many times as
 fast as the row's rival. Floor: bytes that no program can avoid moving. GB/s: floor / median. Of
-copy: GB/s against this device's copy, {:.1f} GB/s read + written (small operands stay in a cache
-and can beat it). Extra: most bytes live at once beyond the operands, the gradient included."""
+copy: GB/s against this device's copy, {:.1f} GB/s read + written (reads alone can beat it, and so
+can small operands, which stay in a cache). Extra: most bytes live at once beyond the operands, the
+gradient included."""
 
 
 @dataclass(frozen=True)
@@ -277,4 +278,5 @@ def _device_name(device: torch.device) -> str:
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     name = named[1] if named else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench import COMMANDS, host, measure, run, sweep
 from bench.__main__ import main as bench_main
-from bench.plot import STYLES
+from bench.plot import STYLES, write_plots
 from bench.plot import main as plot
 from bench.report import Report, Row, describe, number, print_report, read
 from bench.rivals import FUSED, RIVALS, lines_of
@@ -251,6 +252,42 @@ def test_pictures_of_a_report_with_gaps(tmp_path: Path) -> None:
     report.write(tmp_path / "report.json")
     assert plot([str(tmp_path / "report.json")]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"report.png", "report-summary.png"}
+
+
+def test_only_several_sizes_are_drawn_over_the_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured at one size has its bars alone, and its title over them."""
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: found.append(self))
+    report = Report(describe(torch.device("cpu")), copy_gbps=10.0)
+    timed = {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "gbps": 1.0, "percent_of_copy": 10.0}
+    report.rows = [
+        Row(case, FUSED, "float32", 4, 80, **timed, peak_extra_bytes=16)  # type: ignore[arg-type]
+        for case in ("rpn", "none")
+    ]
+    write_plots(report, tmp_path / "report.json")
+    report.rows.append(replace(report.rows[-1], numel=8))
+    write_plots(report, tmp_path / "report.json")
+    ones, mixed = found
+    assert [axes.get_xlabel() for axes in ones.axes] == 4 * ["4 elements"]
+    over_sizes, bars = 2 * ["elements"], 2 * ["4 elements", "8 elements"]
+    assert [axes.get_xlabel() for axes in mixed.axes] == over_sizes + bars
+    assert [axes.get_title() for axes in ones.axes] == ["rpn\nfloat32", "none\nfloat32", "", ""]
+    titles = ["none\nfloat32", "", "rpn\nfloat32", "", "", ""]
+    assert [axes.get_title() for axes in mixed.axes] == titles
+    assert all(axes.get_ylabel() for axes in mixed.axes[:3])
+    for figure in found:
+        (legend,) = figure.legends
+        rival, floor = (text.get_text() for text in legend.get_texts())
+        assert rival == FUSED
+        assert "can beat it" in floor, "a bar below the floor needs a reason"
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, ", 1 thread"), (2, ", 2 threads")])
+def test_threads_of_a_cpu(threads: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert describe(torch.device("cpu")).device.endswith(said)
 
 
 @pytest.fixture
