@@ -103,12 +103,15 @@ def _smooth_l1(
     only where a gradient is needed.
     """
     number, inverse = beta_and_inverse(problem)
+    half = _as_tensor(0.5, x)
     if problem.beta is None:
-        beta = _as_tensor(number, x)
+        # (Half of it is no product of tensors: without dimensions it would be left over where
+        # torch.jit.trace saw no rows, and PyTorch's fuser fails there on a GPU: pytorch#144965.)
+        beta, half_beta = _as_tensor(number, x), _as_tensor(0.5 * number, x)
     else:
         beta = tensor_beta(problem.beta, x.dtype)
         beta = beta if selected is None else torch.where(selected, beta, 1)
-    half = _as_tensor(0.5, x)
+        half_beta = half * beta
     # (Not abs: its second derivative is a tensor without memory. Detached, because inf times the
     # zero tangent of a sign would be NaN.)
     sign = x.detach().sign()
@@ -126,7 +129,7 @@ def _smooth_l1(
         # (Divided: make_fx before dispatch takes the result of a reciprocal for a constant, and the
         # square in its derivative overflows. A sum, so that NaN reaches the gradient of beta.)
         slope = rest / torch.where(is_l1(beta), beta + 1, beta)
-    loss = torch.where(is_linear, size - half * beta, half * (rest * slope))
+    loss = torch.where(is_linear, size - half_beta, half * (rest * slope))
     return loss, (is_linear, sign, slope)
 
 

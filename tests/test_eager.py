@@ -52,7 +52,6 @@ def test_pytorchs_own_loss(
     [
         {"inside_weights": torch.tensor(2.0)},
         {"outside_weights": 0.5},
-        {"inside_weights": 0.5},
         {"outside_weights": torch.ones(4, 1, dtype=torch.bool)},
         {"beta": 0.0},
         {"beta": eager.LEAST_BETA / 2},

@@ -110,15 +110,16 @@ def test_input_without_dimensions(weights: str, reduction: str, backend: str, de
     """A number as a tensor; `batchmean` has no batch to divide by, so it divides by 1."""
     weight = {
         "none": None,
-        "number": -1.5,
+        "number": None,
         "0d": gaussian(seed=3, device=device, requires_grad=True),
         "mask": torch.tensor(7, dtype=torch.uint8, device=device),
-        "bool": False,
+        "bool": torch.tensor(False, device=device),
     }[weights]
     check(
         gaussian(seed=1, device=device, requires_grad=True),
         gaussian(seed=2, device=device, requires_grad=True),
         weight,
+        -1.5 if weights == "number" else None,
         sigma=0.7,
         reduction=reduction,
         upstream=1.5,

@@ -101,7 +101,7 @@ def test_beta_beyond_float32(how: str, option: dict[str, Any], backend: str, dev
     "options",
     [
         {"outside_weights": 1e39},
-        {"inside_weights": -1e300},
+        {"outside_weights": -1e300},
         {"outside_weights": 1e39, "reduction": "none"},
         {"normalizer": 1e300, "reduction": "sum"},
         {"outside_weights": NAN},
