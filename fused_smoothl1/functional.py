@@ -5,7 +5,7 @@ import math
 import sys
 from importlib import import_module
 from numbers import Real
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from fused_smoothl1.problem import (
     nan_unless,
 )
 
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+Reduction = Literal["none", "sum", "mean", "batchmean"]
+REDUCTIONS = get_args(Reduction)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 WEIGHT_DTYPES = FLOAT_DTYPES + INTEGER_DTYPES + MASK_DTYPES
 
@@ -42,7 +43,7 @@ def smooth_l1_loss(
     *,
     sigma: Value = None,
     beta: Value = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: Value = None,
 ) -> Tensor:
     r"""Weighted Smooth L1 loss, the box regression of Faster R-CNN, in one pass over the operands.
@@ -200,7 +201,7 @@ def _load_sharding(device: torch.device) -> None:
         import_module("fused_smoothl1.sharding")
 
 
-def check_options(sigma: Value, beta: Value, reduction: str) -> None:
+def check_options(sigma: Value, beta: Value, reduction: Reduction) -> None:
     """Raise what `smooth_l1_loss` would raise for these options, whatever the input is."""
     _checked_transition(sigma, beta)
     _check_reduction(reduction)
@@ -395,13 +396,13 @@ def _kind(value: object) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def _check_reduction(reduction: str) -> None:
+def _check_reduction(reduction: Reduction) -> None:
     if reduction not in REDUCTIONS:
         allowed = ", ".join(f'"{name}"' for name in REDUCTIONS)
         raise ValueError(f"reduction must be one of {allowed}, got {reduction!r}")
 
 
-def _divisor(reduction: str, normalizer: Any, input: Tensor) -> tuple[Tensor | None, float]:
+def _divisor(reduction: Reduction, normalizer: Any, input: Tensor) -> tuple[Tensor | None, float]:
     """Return what the sum is divided by: a tensor and 1, or None and a number."""
     _check_reduction(reduction)
     if normalizer is None:

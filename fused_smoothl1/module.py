@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fused_smoothl1.functional import Value, check_options, smooth_l1_loss
+from fused_smoothl1.functional import Reduction, Value, check_options, smooth_l1_loss
 
 
 class SmoothL1Loss(nn.Module):
@@ -23,8 +23,11 @@ class SmoothL1Loss(nn.Module):
 
     sigma: Value
     beta: Value
+    reduction: Reduction
 
-    def __init__(self, *, sigma: Value = None, beta: Value = None, reduction: str = "mean") -> None:
+    def __init__(
+        self, *, sigma: Value = None, beta: Value = None, reduction: Reduction = "mean"
+    ) -> None:
         """Check and keep the options."""
         super().__init__()
         check_options(sigma, beta, reduction)

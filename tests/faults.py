@@ -29,6 +29,7 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 
 from bench import stand_in
 from fused_smoothl1 import dispatch, ops, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from fused_smoothl1.problem import NO_GRADIENTS, NO_NEEDS, make_problem
 
 NOWHERE = "/dev/null/nowhere"
@@ -159,7 +160,7 @@ def operands(rows: int, *, masked: bool = False) -> list[Tensor]:
     return [input, target, inside > 0 if masked else inside, outside]
 
 
-def step(rows: int, masked: bool, reduction: str) -> Callable[[], list[Tensor]]:
+def step(rows: int, masked: bool, reduction: Reduction) -> Callable[[], list[Tensor]]:
     """Return what computes a loss and a gradient."""
 
     def compute() -> list[Tensor]:
@@ -249,18 +250,19 @@ def gradients(between: Callable[[], Any]) -> list[Tensor]:
     """
     # (Of another dtype than all other calls, whose kernels must not have been loaded yet.)
     several = [
-        ([t.double() if t.is_floating_point() else t for t in values], reduction)
-        for values, reduction in ((operands(9), "none"), (operands(9, masked=True), "sum"))
+        [t.double() if t.is_floating_point() else t for t in operands(9, masked=masked)]
+        for masked in (False, True)
     ]
+    reductions: tuple[Reduction, ...] = ("none", "sum")
     losses = [
         smooth_l1_loss(values[0].requires_grad_(), *values[1:], reduction=reduction)
-        for values, reduction in several
+        for values, reduction in zip(several, reductions, strict=True)
     ]
     found = [torch.ones(1 << 20)]
     backend = dispatch.backend_on(found[0].device)
     between()
     backend.scale((found[0], *NO_GRADIENTS[1:]), torch.tensor(3.0))
-    for loss, (values, _) in zip(losses, several, strict=True):
+    for loss, values in zip(losses, several, strict=True):
         dispatch._backends.clear()
         found += torch.autograd.grad(loss, values[:1], torch.full_like(loss, 3.0))
     return found

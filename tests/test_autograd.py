@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import NAMES, check, coin, gaussian, gradient_unless_modified
 
-REDUCTIONS = ["none", "sum", "mean", "batchmean"]
+REDUCTIONS: list[Reduction] = ["none", "sum", "mean", "batchmean"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -32,7 +33,7 @@ def _operands(
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_only_for_those_that_require_one(
-    needed: tuple[bool, ...], reduction: str, backend: str, device: str
+    needed: tuple[bool, ...], reduction: Reduction, backend: str, device: str
 ) -> None:
     operands = _operands(device, needed)
     check(*operands, reduction=reduction, upstream=1.5)
@@ -110,7 +111,7 @@ def test_upstream_gradient_of_any_value(
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_backward_again_and_again(
-    masked: bool, reduction: str, dtype: torch.dtype, backend: str, device: str
+    masked: bool, reduction: Reduction, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     """The results stay what they are when the graph is used again, or when the caller writes."""
     input, target = _operands(device, (True, True, False, False), dtype)[:2]
@@ -133,7 +134,7 @@ def test_backward_again_and_again(
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_results_of_two_backwards_do_not_share_memory(
-    reduction: str, backend: str, device: str
+    reduction: Reduction, backend: str, device: str
 ) -> None:
     operands = _operands(device)
     loss = smooth_l1_loss(*operands, reduction=reduction)
@@ -180,7 +181,7 @@ def test_freed_graph_raises(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_one_tensor_in_several_roles(reduction: str, backend: str, device: str) -> None:
+def test_one_tensor_in_several_roles(reduction: Reduction, backend: str, device: str) -> None:
     """Each role's gradient counts: here input = 2t, target = t², both weights t."""
     t = gaussian(6, 5, seed=1, dtype=torch.float64, device=device, requires_grad=True)
     loss = smooth_l1_loss(2 * t, t * t, t, t, beta=0.6, reduction=reduction)
@@ -231,7 +232,7 @@ MODIFIED = [(r, p) for r in ("none", "sum") for p in range(6) if (r, p) != ("non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("reduction", "position"), MODIFIED)
 def test_operand_modified_before_backward(
-    reduction: str, position: int, dtype: torch.dtype, backend: str, device: str
+    reduction: Reduction, position: int, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     """It raises, or the result is that of the old values; a wrong number is never given.
 
@@ -318,7 +319,7 @@ def test_module_trains_a_layer(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_batch_of_upstream_gradients(reduction: str, backend: str, device: str) -> None:
+def test_batch_of_upstream_gradients(reduction: Reduction, backend: str, device: str) -> None:
     operands = _operands(device)
     loss = smooth_l1_loss(*operands, reduction=reduction)
     upstream = torch.stack([torch.full_like(loss, value) for value in (1.0, -2.0)])
@@ -353,7 +354,7 @@ def _negated(like: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_upstream_gradient_that_is_not_in_memory(
-    reduction: str, dtype: torch.dtype, masked: bool, unstored: Any, backend: str, device: str
+    reduction: Reduction, dtype: torch.dtype, masked: bool, unstored: Any, backend: str, device: str
 ) -> None:
     """Whichever way the gradients are computed: by a product, anew, or only now."""
     input, target, inside, _ = _operands(device, (True, True, False, False), dtype)

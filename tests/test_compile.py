@@ -19,6 +19,7 @@ from torch._functorch.compilers import nop
 
 import tests.support
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import assert_near, check, coin, gaussian
 from tests.variants import VARIANTS, fresh, make, trained
 
@@ -83,7 +84,7 @@ def test_divisors_against_the_oracle(
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
-def test_dynamic_shapes(reduction: str, backend: str, device: str) -> None:
+def test_dynamic_shapes(reduction: Reduction, backend: str, device: str) -> None:
     """One graph serves every size, also where the size is the divisor."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -322,7 +323,7 @@ def test_channels_last(backend: str, device: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_backward_twice(reduction: str, backend: str, device: str) -> None:
+def test_backward_twice(reduction: Reduction, backend: str, device: str) -> None:
     """What the first pass handed out is not written to by the second."""
     operands, options = make("row_weights", device=device)
     loss = _compiled()(*operands, **options, reduction=reduction)

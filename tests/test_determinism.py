@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.conftest import on_interpreter
 from tests.support import coin, gaussian
 
@@ -38,12 +39,12 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _loss(operands: list[Tensor], reduction: str = "mean") -> Tensor:
+def _loss(operands: list[Tensor], reduction: Reduction = "mean") -> Tensor:
     input, target, mask, weights = operands
     return smooth_l1_loss(input, target, mask, weights, sigma=2.0, reduction=reduction)
 
 
-def _run(operands: list[Tensor], reduction: str = "mean") -> list[Tensor]:
+def _run(operands: list[Tensor], reduction: Reduction = "mean") -> list[Tensor]:
     loss = _loss(operands, reduction)
     assert loss.isfinite().all()
     above = torch.full_like(loss, 1.7)
@@ -56,7 +57,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
-def test_repeated_runs(reduction: str, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_repeated_runs(reduction: Reduction, dtype: torch.dtype, backend: str, device: str) -> None:
     operands = _operands(SEVERAL, device, dtype)
     first = _run(operands, reduction=reduction)
     for _ in range(3):
@@ -109,7 +110,7 @@ ORDERS: dict[str, Callable[[int], list[int]]] = {
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_order_of_the_programs(
-    order: str, reduction: str, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+    order: str, reduction: Reduction, triton_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime import interpreter
 

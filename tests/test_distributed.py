@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.multiprocessing.spawn import spawn
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER
 from tests.support import backend_set, coin, gaussian
 
@@ -116,7 +117,7 @@ def _fsdp2(rank: int, mesh: Any) -> None:
 
 
 def _sharded(
-    dim: int, reduction: str, weights: str, rows: int = 6, **options: Any
+    dim: int, reduction: Reduction, weights: str, rows: int = 6, **options: Any
 ) -> Callable[[int, Any], None]:
     """Return a check of DTensor operands that are sharded on one dimension."""
 

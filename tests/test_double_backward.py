@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.composed import composed
 from tests.support import coin, gaussian
 
@@ -153,7 +154,7 @@ def test_third_order(backend: str, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("trained_beta", [False, True])
 def test_gradient_penalty_with_masked_nan(
-    trained_beta: bool, reduction: str, backend: str, device: str
+    trained_beta: bool, reduction: Reduction, backend: str, device: str
 ) -> None:
     """What a mask does not select adds 0 to second-order gradients as well."""
     mask = coin(6, 1, seed=1, device=device)
@@ -236,7 +237,7 @@ def test_first_gradient_is_the_same(
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_keeps_the_memory_format(reduction: str, backend: str, device: str) -> None:
+def test_keeps_the_memory_format(reduction: Reduction, backend: str, device: str) -> None:
     """Full-size weights of another format do not decide it."""
     shape = (2, 4, 3, 5)
     input = gaussian(*shape, seed=1, device=device).to(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests import oracle
 from tests.support import assert_same, backend_set, check, coin, float64, gaussian
 
@@ -77,7 +78,7 @@ def _check_weights(
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_reduced_loss_of_16_bits_is_float32(
-    dtype: torch.dtype, reduction: str, backend: str, device: str
+    dtype: torch.dtype, reduction: Reduction, backend: str, device: str
 ) -> None:
     operands = [gaussian(6, 4, seed=seed, dtype=dtype, device=device) for seed in (1, 2, 3, 4)]
     assert smooth_l1_loss(*operands, reduction=reduction).dtype == torch.float32
@@ -163,7 +164,7 @@ def test_float16_difference_beyond_its_range(backend: str, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("shape", [(8, 125_000), (10, 211)], ids=["1e6", "small"])
 def test_float16_gradient_does_not_underflow(
-    shape: tuple[int, int], reduction: str, backend: str, device: str
+    shape: tuple[int, int], reduction: Reduction, backend: str, device: str
 ) -> None:
     """Outside weights 1/256, sigma 3, a gradient scaler's 65536: only their product is a float16.
 
@@ -204,7 +205,7 @@ def test_float16_through_a_scaled_loss(backend: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_no_worse_than_the_composition(
-    dtype: torch.dtype, reduction: str, backend: str, device: str
+    dtype: torch.dtype, reduction: Reduction, backend: str, device: str
 ) -> None:
     """Our error from the float64 truth is at most that of PyTorch's own loss on 16 bits."""
     input, target = (gaussian(40, 50, seed=s, dtype=dtype, device=device) for s in (1, 2))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import eager, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import check, coin, gaussian
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -36,7 +37,7 @@ def _is_own(loss: Tensor) -> bool:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pytorchs_own_loss(
-    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, reduction: Reduction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is taken below a size, but for a divisor of its own; without a reduction at any size."""
     input, target = _pair(40, 5, dtype=dtype)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import check, gaussian
 
-REDUCED = ["sum", "mean", "batchmean"]
+REDUCED: list[Reduction] = ["sum", "mean", "batchmean"]
 EMPTY = [(0,), (0, 4), (4, 0), (0, 0), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 3, 5, 0, 7)]
 
 
@@ -17,7 +18,7 @@ EMPTY = [(0,), (0, 4), (4, 0), (0, 0), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 3, 5
 @pytest.mark.parametrize("reduction", REDUCED)
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_empty_is_a_connected_zero(
-    shape: tuple[int, ...], reduction: str, dtype: torch.dtype, backend: str, device: str
+    shape: tuple[int, ...], reduction: Reduction, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     input = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     target = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import gaussian
 
 SHAPE = (6, 4)
@@ -306,7 +307,9 @@ def test_both_tensors(requires_grad: bool, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
 @pytest.mark.parametrize("normalizer", [1, 2.0, torch.tensor(2.0)], ids=repr)
-def test_normalizer_without_sum(normalizer: Any, reduction: str, backend: str, device: str) -> None:
+def test_normalizer_without_sum(
+    normalizer: Any, reduction: Reduction, backend: str, device: str
+) -> None:
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(device)
     call = _call(device, reduction=reduction, normalizer=normalizer)

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, j
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from fused_smoothl1.problem import make_problem
 from tests import oracle
 from tests.composed import composed
@@ -37,7 +38,7 @@ def _four(device: str, *batch: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_grad(variant: str, reduction: str, backend: str, device: str) -> None:
+def test_grad(variant: str, reduction: Reduction, backend: str, device: str) -> None:
     operands, options = make(variant, device=device)
     input, *rest = detached(operands)
     gradient, loss = grad_and_value(
@@ -60,7 +61,7 @@ def test_grad_of_every_operand(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_vmap(reduction: str, backend: str, device: str) -> None:
+def test_vmap(reduction: Reduction, backend: str, device: str) -> None:
     input, target, inside, outside = _four(device, 3)
     found = vmap(
         lambda x, t, a: smooth_l1_loss(x, t, a, outside[0], sigma=2.0, reduction=reduction),
@@ -191,7 +192,7 @@ def test_tangents_have_the_dtype_of_the_loss(
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_jvp(reduction: str, backend: str, device: str) -> None:
+def test_jvp(reduction: Reduction, backend: str, device: str) -> None:
     four = _four(device)
     tangents = tuple(torch.roll(t, 1, 0) for t in four)
     found = jvp(lambda *o: smooth_l1_loss(*o, beta=0.5, reduction=reduction), four, tangents)

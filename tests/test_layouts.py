@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import check, gaussian
 
 SHAPE = (4, 3, 6, 7)
@@ -238,7 +239,7 @@ def _check_more_than_2_31_elements(kind: str) -> None:
         input[index] = value
     mask = input != 0 if kind == "masked" else None
     target = torch.zeros((), dtype=torch.bfloat16, device="cuda").expand(n)
-    reduction = "none" if kind == "none" else "sum"
+    reduction: Reduction = "none" if kind == "none" else "sum"
     input.requires_grad_()
     loss = smooth_l1_loss(input, target, mask, reduction=reduction)
     assert loss.detach().sum(dtype=torch.float32).item() == 2.5 + 0.125

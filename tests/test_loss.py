@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import assert_same, check, coin, gaussian
 
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]
@@ -301,7 +302,7 @@ def test_torch_agrees_without_weights(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_module_is_the_function(reduction: str, backend: str, device: str) -> None:
+def test_module_is_the_function(reduction: Reduction, backend: str, device: str) -> None:
     operands = (
         gaussian(6, 4, seed=1, device=device),
         gaussian(6, 4, seed=2, device=device),

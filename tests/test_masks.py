@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import check, gaussian
 
 BAD = [math.nan, math.inf, -math.inf]
@@ -39,7 +40,7 @@ def _operands(bad: float, where: str, device: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
 def test_unselected_rows_take_no_part(
-    dtype: torch.dtype, bad: float, where: str, reduction: str, backend: str, device: str
+    dtype: torch.dtype, bad: float, where: str, reduction: Reduction, backend: str, device: str
 ) -> None:
     input, target = _operands(bad, where, device)
     mask = _rows(device, dtype)
@@ -114,7 +115,7 @@ def test_nothing_selected(dtype: torch.dtype, backend: str, device: str) -> None
 @pytest.mark.parametrize("upstream", BAD)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_bad_upstream_gradient_of_unselected(
-    reduction: str, upstream: float, backend: str, device: str
+    reduction: Reduction, upstream: float, backend: str, device: str
 ) -> None:
     """Zero is exact: an upstream gradient of inf or NaN does not turn it into NaN."""
     input, target = _operands(math.nan, "both", device)

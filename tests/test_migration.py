@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.composed import composed
 from tests.support import coin, gaussian
 
@@ -85,7 +86,7 @@ def _mmdetection(
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("beta", [0.0, 1 / 9, 1.0, 2.5])
-def test_torch_function(beta: float, reduction: str, pair: tuple[Tensor, Tensor]) -> None:
+def test_torch_function(beta: float, reduction: Reduction, pair: tuple[Tensor, Tensor]) -> None:
     _assert_equal(
         lambda a, b: functional.smooth_l1_loss(a, b, beta=beta, reduction=reduction),
         lambda a, b: smooth_l1_loss(a, b, beta=beta, reduction=reduction),
@@ -95,7 +96,7 @@ def test_torch_function(beta: float, reduction: str, pair: tuple[Tensor, Tensor]
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_torch_module(reduction: str, pair: tuple[Tensor, Tensor]) -> None:
+def test_torch_module(reduction: Reduction, pair: tuple[Tensor, Tensor]) -> None:
     old = nn.SmoothL1Loss(reduction=reduction, beta=0.5)
     _assert_equal(old, SmoothL1Loss(reduction=reduction, beta=0.5), pair)
 
@@ -108,7 +109,7 @@ def test_torch_module_without_arguments(pair: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("delta", [0.1, 1.0, 3.0])
-def test_huber(delta: float, reduction: str, pair: tuple[Tensor, Tensor]) -> None:
+def test_huber(delta: float, reduction: Reduction, pair: tuple[Tensor, Tensor]) -> None:
     """The Huber loss is delta times Smooth L1: as a factor outside, or as the outside weight."""
 
     def old(a: Tensor, b: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ def test_mmdetection_avg_factor(on_device: bool, pair: tuple[Tensor, Tensor], de
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("k", [1, 10, ROWS])
-def test_dynamic_rcnn(k: int, reduction: str, pair: tuple[Tensor, Tensor]) -> None:
+def test_dynamic_rcnn(k: int, reduction: Reduction, pair: tuple[Tensor, Tensor]) -> None:
     """The k-th smallest of the targets' errors, without a wait for it."""
     beta = torch.kthvalue(pair[1][:, :2].abs().mean(1), k)[0]
     _assert_equal(
@@ -217,7 +218,7 @@ def test_dynamic_rcnn(k: int, reduction: str, pair: tuple[Tensor, Tensor]) -> No
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_transition_for_each_sample(reduction: str, device: str) -> None:
+def test_a_transition_for_each_sample(reduction: Reduction, device: str) -> None:
     """Smooth L1's, and Huber's."""
     a, b, beta = (
         gaussian(*shape, seed=seed, dtype=torch.float64, device=device)

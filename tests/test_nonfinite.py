@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests import oracle
 from tests.support import assert_near, assert_same, backend_set, gaussian
 
@@ -55,7 +56,13 @@ TABLE = [
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("x", "beta", "loss", "slope"), TABLE)
 def test_table(
-    x: float, beta: float, loss: float, slope: float, reduction: str, backend: str, device: str
+    x: float,
+    beta: float,
+    loss: float,
+    slope: float,
+    reduction: Reduction,
+    backend: str,
+    device: str,
 ) -> None:
     input = torch.tensor([x], device=device, requires_grad=True)
     target = torch.zeros(1, device=device, requires_grad=True)
@@ -249,7 +256,7 @@ def test_other_dtypes_agree(
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_one_bad_element_reaches_the_sum(
-    bad: float, reduction: str, backend: str, device: str
+    bad: float, reduction: Reduction, backend: str, device: str
 ) -> None:
     """A reduction neither swallows a NaN nor spreads it to other elements' gradients."""
     for position in (0, 4097):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_smoothl1 import ops, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from fused_smoothl1.problem import (
     NO_NEEDS,
     OPERANDS,
@@ -171,7 +172,7 @@ def _layouts(device: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", list(_layouts("cpu")))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fake_tensors_match_real_ones(
-    dtype: torch.dtype, layout: str, reduction: str, backend: str, device: str
+    dtype: torch.dtype, layout: str, reduction: Reduction, backend: str, device: str
 ) -> None:
     """Shape, dtype and strides of the loss and of the gradient are known without any data."""
     input = _layouts(device)[layout].to(dtype)
@@ -207,7 +208,7 @@ def test_memory_format(layout: str, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_meta_tensors(variant: str, reduction: str, backend: str, device: str) -> None:
+def test_meta_tensors(variant: str, reduction: Reduction, backend: str, device: str) -> None:
     operands, options = make(variant, device=device)
     loss = smooth_l1_loss(*operands, **options, reduction=reduction)
     real = torch.autograd.grad(loss, trained(operands), torch.ones_like(loss))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.codegen.calls import calls
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import coin, gaussian, maker
 from tests.variants import trained
 
@@ -45,7 +46,7 @@ def _operands(seed: int = 0, rows: int = ROWS, device: str = "cuda") -> list[Any
     ]
 
 
-def _run(operands: list[Any], reduction: str = "mean", **options: Any) -> list[Tensor]:
+def _run(operands: list[Any], reduction: Reduction = "mean", **options: Any) -> list[Tensor]:
     if "beta" not in options:
         options = {"sigma": 2.0, **options}
     loss = smooth_l1_loss(*operands, reduction=reduction, **options)
@@ -79,7 +80,7 @@ def _capture(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
-def test_graph_with_new_inputs(reduction: str, backend: str) -> None:
+def test_graph_with_new_inputs(reduction: Reduction, backend: str) -> None:
     static = _operands()
     graph, results = _capture(lambda: _run(static, reduction))
     for seed in (10, 20, 30):
@@ -257,7 +258,7 @@ def test_a_stream_that_is_gone(triton_backend: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_thousand_launches(reduction: str, triton_backend: str) -> None:
+def test_a_thousand_launches(reduction: Reduction, triton_backend: str) -> None:
     operands = _operands()
     first = _run(operands, reduction)
     different = torch.zeros((), dtype=torch.int64, device="cuda")

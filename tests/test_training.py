@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 from torch.utils.checkpoint import checkpoint
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import check, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, fresh, make, trained
 
@@ -41,7 +42,7 @@ def _head(device: str) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_autocast(reduction: str, backend: str, device: str) -> None:
+def test_autocast(reduction: Reduction, backend: str, device: str) -> None:
     """Activations in bfloat16 against float32 targets: the loss and the parameters are float32."""
     head, features = _head(device), gaussian(12, 8, seed=1, device=device)
     target, weights = gaussian(12, 4, seed=2, device=device), gaussian(12, 1, seed=3, device=device)
@@ -134,7 +135,9 @@ def test_grad_scaler(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant: bool, reduction: str, backend: str, device: str) -> None:
+def test_checkpointing(
+    use_reentrant: bool, reduction: Reduction, backend: str, device: str
+) -> None:
     """The loss inside the part that is computed a second time."""
     head, features = _head(device), gaussian(12, 8, seed=1, device=device, requires_grad=True)
     target, mask = gaussian(12, 4, seed=2, device=device), coin(12, 1, seed=3, device=device)

@@ -64,11 +64,13 @@ def losses(pred: Tensor, target: Tensor) -> None:
     smooth_l1_loss(pred, target, sigma="3")  # a string for a number
     smooth_l1_loss(pred, target, None, None, 3.0)  # sigma by position
     smooth_l1_loss(pred, target, reduction=None)  # no reduction
+    smooth_l1_loss(pred, target, reduction="avg")  # no such reduction
     smooth_l1_loss(pred, target, weight=1.0)  # no such argument
     smooth_l1_loss(pred, target, beta=1.0)
     SmoothL1Loss(0.5)  # beta by position
     SmoothL1Loss(beta=[0.5])  # a list for a tensor
     SmoothL1Loss(beta=pred)
+    SmoothL1Loss(reduction="Mean")  # no such reduction
     text: str = smooth_l1_loss(pred, target)  # a tensor for a string
 """
 

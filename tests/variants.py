@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_smoothl1.functional import Reduction
 from tests.support import coin, gaussian
 
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+REDUCTIONS: tuple[Reduction, ...] = ("none", "sum", "mean", "batchmean")
 VARIANTS = (
     "plain",
     "number",
