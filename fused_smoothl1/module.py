@@ -1,8 +1,16 @@
 """The loss as a module that keeps its options."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
 from torch import Tensor, nn
 
 from fused_smoothl1.functional import Reduction, Value, check_options, smooth_l1_loss
+
+if TYPE_CHECKING:
+    F = TypeVar("F")
+
+    def _typed_like(function: F) -> Callable[[object], F]: ...
 
 
 class SmoothL1Loss(nn.Module):
@@ -58,6 +66,12 @@ class SmoothL1Loss(nn.Module):
             reduction=self.reduction,
             normalizer=normalizer,
         )
+
+    if TYPE_CHECKING:
+        # nn.Module's takes and returns anything. Pyright would not see `__call__ = forward`.
+        @_typed_like(forward)
+        def __call__(self) -> None:
+            """Return what `forward` returns."""
 
     def extra_repr(self) -> str:
         """Return the options that were given; of tensors the shape, as values may be on a GPU."""

@@ -30,8 +30,7 @@ class BoxHead(nn.Module):
 
     def forward(self, pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         count = mask.sum().clamp(min=1)
-        loss: Tensor = self.criterion(pred, target, mask, normalizer=count)
-        return loss
+        return self.criterion(pred, target, mask, normalizer=count)
 
 
 def losses(pred: Tensor, target: Tensor) -> list[Tensor]:
@@ -48,6 +47,7 @@ def losses(pred: Tensor, target: Tensor) -> list[Tensor]:
 
 
 assert_type(smooth_l1_loss(torch.zeros(2), torch.zeros(2)), Tensor)
+assert_type(SmoothL1Loss()(torch.zeros(2), torch.zeros(2)), Tensor)
 assert_type(fused_smoothl1.__version__, str)
 """
 # Every line that has a comment is wrong, and no other.
@@ -71,6 +71,10 @@ def losses(pred: Tensor, target: Tensor) -> None:
     SmoothL1Loss(beta=[0.5])  # a list for a tensor
     SmoothL1Loss(beta=pred)
     SmoothL1Loss(reduction="Mean")  # no such reduction
+    SmoothL1Loss()(pred)  # no target
+    SmoothL1Loss()(pred, target, "mask")  # a string for weights
+    SmoothL1Loss()(pred, target, beta=1.0)  # an option in the call
+    SmoothL1Loss()(pred, target, outside_weights=2.0)
     text: str = smooth_l1_loss(pred, target)  # a tensor for a string
 """
 
