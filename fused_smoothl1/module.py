@@ -39,6 +39,8 @@ class SmoothL1Loss(nn.Module):
         """Check and keep the options."""
         super().__init__()
         check_options(sigma, beta, reduction)
+        if sigma is None and beta is None:
+            beta = 1.0  # kept for those who read it, as in PyTorch's module
         for name, value in (("sigma", sigma), ("beta", beta)):
             is_kept = isinstance(value, (nn.Parameter, nn.Buffer))  # where it is assigned
             if isinstance(value, Tensor) and not is_kept:
@@ -74,7 +76,7 @@ class SmoothL1Loss(nn.Module):
             """Return what `forward` returns."""
 
     def extra_repr(self) -> str:
-        """Return the options that were given; of tensors the shape, as values may be on a GPU."""
+        """Return the options that are kept; of tensors the shape, as values may be on a GPU."""
         options = {"sigma": self.sigma, "beta": self.beta, "reduction": self.reduction}
         return ", ".join(
             f"{name}=tensor of shape {tuple(value.shape)}"

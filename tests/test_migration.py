@@ -103,7 +103,10 @@ def test_torch_module(reduction: Reduction, pair: tuple[Tensor, Tensor]) -> None
 
 @pytest.mark.usefixtures("backend")
 def test_torch_module_without_arguments(pair: tuple[Tensor, Tensor]) -> None:
-    _assert_equal(nn.SmoothL1Loss(), SmoothL1Loss(), pair)
+    old, new = nn.SmoothL1Loss(), SmoothL1Loss()
+    _assert_equal(old, new, pair)
+    assert (new.beta, new.reduction) == (old.beta, old.reduction)
+    assert SmoothL1Loss(sigma=3.0).beta is None
 
 
 @pytest.mark.usefixtures("backend")

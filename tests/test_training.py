@@ -21,7 +21,7 @@ from tests.support import check, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, fresh, make, trained
 
 MODULES = {
-    "default": (SmoothL1Loss(), "SmoothL1Loss(reduction='mean')"),
+    "default": (SmoothL1Loss(), "SmoothL1Loss(beta=1.0, reduction='mean')"),
     "sigma": (SmoothL1Loss(sigma=3.0), "SmoothL1Loss(sigma=3.0, reduction='mean')"),
     "beta": (
         SmoothL1Loss(beta=0.0, reduction="batchmean"),
