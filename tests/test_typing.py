@@ -114,9 +114,10 @@ def test_wrong_uses_are_rejected(tmp_path: Path) -> None:
 
 def test_the_marker_is_what_makes_it_typed(tmp_path: Path) -> None:
     """Without py.typed the checker must complain: else the first test would show nothing."""
-    shutil.copytree(ROOT / "fused_smoothl1", tmp_path / "site" / "fused_smoothl1")
-    (tmp_path / "site" / "fused_smoothl1" / "py.typed").unlink()
+    copy = tmp_path / "site" / "unmarked"  # or an editable installation would be found behind it
+    shutil.copytree(ROOT / "fused_smoothl1", copy)
+    (copy / "py.typed").unlink()
     (tmp_path / "user").mkdir()
-    said, _ = _mypy(tmp_path / "user", RIGHT, tmp_path / "site")
+    said, _ = _mypy(tmp_path / "user", RIGHT.replace("fused_smoothl1", copy.name), copy.parent)
     if "py.typed marker" not in said:
         pytest.fail(f"the package is found in another way than as an installed one:\n{said}")
