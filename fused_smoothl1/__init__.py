@@ -3,6 +3,6 @@
 from fused_smoothl1.functional import smooth_l1_loss
 from fused_smoothl1.module import SmoothL1Loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["SmoothL1Loss", "__version__", "smooth_l1_loss"]

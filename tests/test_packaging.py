@@ -1,9 +1,10 @@
 """What an installation holds: as a wheel the package alone, in editable mode a plain path.
 
-Each test needs an installation of its kind: `.ci/run` makes both.
+The tests of both need an installation of that kind, which `.ci/run` makes.
 """
 
 import json
+import re
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,9 @@ def test_wheel_is_the_package_alone() -> None:
     folders = {path.parts[0] for path in files}
     assert folders == {package.name, f"{package.name}-{fused_smoothl1.__version__}.dist-info"}
     assert f"{package.name}/py.typed" in map(str, files)
+
+
+def test_newest_release_of_the_changelog_is_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    dated = re.findall(r"^## \[(.+)\] - \d{4}-\d{2}-\d{2}$", text, re.MULTILINE)
+    assert dated[:1] == [fused_smoothl1.__version__]
