@@ -72,7 +72,7 @@ def write_plots(report: Report, path: Path) -> None:
             highest.set_title(title, fontsize=10, fontweight="bold")
         machine = ", ".join(str(report.machine).splitlines()) + report.load
         title = f"Smooth L1: {machine}, copy {report.copy_gbps:.1f} GB/s read + written"
-        _save(figure, title, report, path.with_suffix(".png"))
+        _save(figure, title, report.rows, path.with_suffix(".png"))
     for title, rows in groups:
         case, dtype = title.splitlines()
         if case == "dense":
@@ -83,13 +83,14 @@ def write_plots(report: Report, path: Path) -> None:
             title = (
                 f"{dtype}, both weights, forward + backward: {report.machine.device}{report.load}"
             )
-            _save(figure, title, report, path.with_name(f"{path.stem}-summary.png"))
+            _save(figure, title, rows, path.with_name(f"{path.stem}-summary.png"))
             break
 
 
-def _save(figure: Figure, title: str, report: Report, path: Path) -> None:
+def _save(figure: Figure, title: str, rows: Sequence[Row], path: Path) -> None:
+    """Write the picture of these rows, with a legend of their rivals."""
     figure.suptitle(title, fontsize=11)
-    names = {row.rival for row in report.rows}
+    names = {row.rival for row in rows}
     entries = [
         Line2D([], [], color=color, marker=marker, label=name)
         for name, (color, marker) in STYLES.items()
