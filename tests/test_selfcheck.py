@@ -14,7 +14,7 @@ import torch
 
 import fused_smoothl1
 from fused_smoothl1 import dispatch
-from fused_smoothl1.__main__ import CASES, main
+from fused_smoothl1.__main__ import CASES, ROUNDINGS, main
 from fused_smoothl1.problem import NoKernelError
 from tests.conftest import HAS_INTERPRETER, HAS_TRITON, NO_INTERPRETER
 from tests.support import backend_set
@@ -64,7 +64,11 @@ def test_report() -> None:
     assert _line(result.stdout, "torch") == torch.__version__
     assert _line(result.stdout, "fused_smoothl1") == fused_smoothl1.__version__
     assert (_line(result.stdout, "triton") == "not installed") != HAS_TRITON
-    assert f"{len(CASES)} of {len(CASES)}" in _line(result.stdout, "agreement")
+    agreement = _line(result.stdout, "agreement")
+    assert agreement.startswith(f"{len(CASES)} of {len(CASES)} cases agree")
+    found = re.search(rf": largest error ([\d.]+) eps, allowed {ROUNDINGS}$", agreement)
+    assert found, agreement
+    assert 0.1 < float(found[1]) <= ROUNDINGS
     assert "FAIL" not in result.stdout
     if not torch.cuda.is_available():
         assert _line(result.stdout, "backend").startswith("eager PyTorch, because this is cpu")
@@ -107,6 +111,24 @@ def test_checks_the_kernel() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     backend = _line(result.stdout, "backend")
     assert backend == "Triton kernel, because FUSED_SMOOTHL1_BACKEND=triton"
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1 + 2**-11, "4.1e+03"), (torch.nan, "nan")])
+def test_tells_the_largest_error(
+    factor: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all cases, in eps, however the others do: here one of them is off by 4096."""
+
+    def wrong_once(*args: Any, reduction: str, **kw: Any) -> Any:
+        loss = right(*args, reduction=reduction, **kw)
+        is_it = reduction == "batchmean" and args[2].dtype == torch.bool
+        return loss * factor if is_it else loss
+
+    monkeypatch.setattr(fused_smoothl1, "smooth_l1_loss", wrong_once)
+    assert main() == 1
+    agreement = _line(capsys.readouterr().out, "agreement")
+    assert agreement.startswith(f"{len(CASES) - 1} of {len(CASES)} cases agree")
+    assert agreement.endswith(f": largest error {said} eps, allowed {ROUNDINGS}")
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
