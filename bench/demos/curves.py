@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from bench.plot import STYLES
 
 POINTS = 250  # of the curves, in the file and in the picture
+REACH = 10  # points before and after one, with which it is averaged
 
 
 def compared(losses: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -27,16 +29,21 @@ def compared(losses: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def draw(pair: Sequence[Axes], plain: dict[str, Any], loss: str, labels: Mapping[str, str]) -> None:
     """Draw the curves above, with a label for each formula, and their distance below.
 
-    `plain` is the demo's report: the machine, and what `compared` returns.
+    `plain` is the demo's report: the machine, and what `compared` returns. A step's loss is that of
+    its own batch, so it is drawn pale, and its mean over some steps on top.
     """
     above, below = pair
     steps, *curves, distance = np.asarray([list(point.values()) for point in plain["curves"]]).T
     # The second curve lies on the first one, so it is drawn thinner and dashed.
     for (name, label), curve, look in zip(labels.items(), curves, ("-", "--"), strict=True):
-        width = 3.0 if look == "-" else 1.2
-        above.plot(steps, curve, look, color=STYLES[name][0], linewidth=width, label=label)
+        width, color = 3.0 if look == "-" else 1.2, STYLES[name][0]
+        above.plot(steps, curve, look, color=color, linewidth=width / 2, alpha=0.3)
+        above.plot(steps, _smoothed(curve), look, color=color, linewidth=width, label=label)
     above.set_ylabel(loss)
-    above.set_title(f"{plain['device']}\ntorch {plain['torch']}", fontsize=10)
+    machine = f"{plain['device']}, torch {plain['torch']}"
+    steps_averaged = (2 * REACH + 1) * (steps[1] - steps[0])
+    said = f"pale: single steps; on top: geometric mean over {steps_averaged:.0f} steps"
+    above.set_title(f"{machine}\n{said}", fontsize=10)
     above.legend(frameon=False)
     # A logarithmic axis has no place for the steps at which the two are the same number.
     below.plot(steps, np.where(distance > 0, distance, np.nan), ".", color="#c0392b")
@@ -46,3 +53,16 @@ def draw(pair: Sequence[Axes], plain: dict[str, Any], loss: str, labels: Mapping
     for axes in pair:
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
+
+
+def _smoothed(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the geometric mean of each point and its neighbours.
+
+    At the beginning, where the loss falls, there are as few after it as before it, or the curve
+    would begin too low.
+    """
+    means = np.empty_like(curve)
+    for at in range(len(curve)):
+        reach = min(REACH, at)
+        means[at] = np.exp(np.log(curve[at - reach : at + reach + 1]).mean())
+    return means
