@@ -30,10 +30,10 @@ from bench import rpn
 from bench.demos import curves
 from bench.measure import measure, peak_extra_bytes
 from bench.report import RESULTS, console, describe, write_json
-from bench.rivals import FUSED, Formula, classic
+from bench.rivals import FUSED, Formula, composition
 from fused_smoothl1 import smooth_l1_loss
 
-FORMULAS: dict[str, Formula] = {"eager_classic": classic, FUSED: smooth_l1_loss}
+FORMULAS: dict[str, Formula] = {"eager_composition": composition, FUSED: smooth_l1_loss}
 OPTIONS: dict[str, Any] = {"sigma": 3.0, "reduction": "batchmean"}  # of py-faster-rcnn's RPN
 LAYOUT = rpn.Layout(
     canvas=(160, 240),
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     print(machine)
     for training in trainings:
         print(
-            f"{training['formula']:15} recall {training['recall']:.3f}, last box loss"
+            f"{training['formula']:17} recall {training['recall']:.3f}, last box loss"
             f" {training['last_loss']:.4g}; the loss alone {training['loss_ms']:.3f} ms"
         )
     print(
