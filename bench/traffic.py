@@ -145,8 +145,9 @@ def counted() -> tuple[Step, Step, dict[int, str]]:
         loss = composition(*operands, **workload.options)
     with Traffic() as backward:
         (gradient,) = torch.autograd.grad(loss, workload.input, torch.ones(()))
-    peak = peak_extra_bytes(autograd_step(composition, workload), device) or 0
-    # (One or two kernels that fill single numbers move nothing to speak of.)
+    peak = peak_extra_bytes(autograd_step(composition, workload), device)
+    assert peak is not None, "the profiler saw no allocation"
+    # (Left out is a kernel that fills a single number.)
     sections = {
         name: [kernel for kernel in run.kernels if kernel.moved >= NUMEL]
         for name, run in (("forward", forward), ("backward", backward))
@@ -160,7 +161,10 @@ def counted() -> tuple[Step, Step, dict[int, str]]:
 
 
 def _may_call_others(func: Any) -> bool:
-    """Say whether an operator is written in others: then those that have a kernel count."""
+    """Say whether an operator has no kernel of its own, but may call others, which then count.
+
+    The CPU is asked: what the composition uses has kernels there where it has them on a GPU.
+    """
 
     def has_kernel(key: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
