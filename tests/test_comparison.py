@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 
 from bench.traffic import Traffic
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.support import gaussian
 
 Loss = Callable[..., Tensor]
@@ -84,7 +85,7 @@ def test_devices(loss: Loss, where: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_launches(reduction: str, device: str, launches: list[str]) -> None:
+def test_launches(reduction: Reduction, device: str, launches: list[str]) -> None:
     input = gaussian(6, 4, seed=1, device=device, requires_grad=True)
     target = torch.zeros_like(input)
     losses = smooth_l1_loss(input, target, reduction=reduction)

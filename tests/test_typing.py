@@ -61,6 +61,7 @@ def losses(pred: Tensor, target: Tensor) -> None:
     smooth_l1_loss(pred)  # no target
     smooth_l1_loss(pred, [1.0])  # a list for a tensor
     smooth_l1_loss(pred, target, "mask")  # a string for weights
+    smooth_l1_loss(pred, target, 0.5)  # a number for inside weights
     smooth_l1_loss(pred, target, sigma="3")  # a string for a number
     smooth_l1_loss(pred, target, None, None, 3.0)  # sigma by position
     smooth_l1_loss(pred, target, reduction=None)  # no reduction
