@@ -26,6 +26,7 @@ from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER
 from tests.support import backend_set, coin, gaussian
+from tests.test_readme import BLOCKS
 
 RANKS = 2
 SECONDS = 120
@@ -87,6 +88,22 @@ def _ddp(rank: int, mesh: Any) -> None:
     _train_step(model, _mine(rank, _batch()))
     for name, gradient in _expected_gradients().items():
         torch.testing.assert_close(model.module.get_parameter(name).grad, gradient)
+
+
+def _ddp_with_the_readmes_loss(rank: int, mesh: Any) -> None:
+    """With fewer positives than ranks, too: one."""
+    (code,) = [block.code for block in BLOCKS if "def box_loss" in block.code]
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    features, target, positive = _batch()
+    positive = positive & (positive.cumsum(0) == 1)  # the first of them alone
+    whole = _head()
+    smooth_l1_loss(whole(features), target, positive, reduction="sum").backward()
+    model = nn.parallel.DistributedDataParallel(_head())
+    features, target, positive = _mine(rank, (features, target, positive))
+    namespace["box_loss"](model(features), target, positive).backward()
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(model.module.get_parameter(name).grad, parameter.grad)
 
 
 def _ddp_without_positives_on_one_rank(rank: int, mesh: Any) -> None:
@@ -234,6 +251,7 @@ TRAINED: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
 ]
 CHECKS: dict[str, Callable[[int, Any], None]] = {
     "ddp": _ddp,
+    "ddp with the readme's loss": _ddp_with_the_readmes_loss,
     "ddp without positives on one rank": _ddp_without_positives_on_one_rank,
     "fsdp2": _fsdp2,
     **{
