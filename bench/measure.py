@@ -49,8 +49,8 @@ def measure(
     back to back, so a GPU's figure is its pace in a running program: host time where launching is
     the limit, device time where memory is. All samples walk one shared circle of operand sets:
     what an action reads was last read a whole circle ago, longer than the L2 remembers. A warm-up
-    is not counted. There are as many rounds as fit into `seconds`, within limits. An action may be
-    several steps.
+    is not counted. There are as many rounds as fit into `seconds`, within limits. An action may do
+    several `steps`, as a graph of all sets does; times are those of one.
     """
     if not actions:
         return {}

@@ -271,7 +271,8 @@ def main(arguments: Sequence[str]) -> int:
         from bench.plot import write_plots
 
         write_plots(run.report, run.path)
-    print(f"`python -m bench plot {run.path}` draws it.")
+    else:
+        print(f"`python -m bench plot {run.path}` draws it.")
     return status
 
 

@@ -143,15 +143,13 @@ def smooth_l1_loss(
     _check_tensor("input", input, FLOAT_DTYPES)
     _check_tensor("target", target, FLOAT_DTYPES, input)
     if not _has_shape(target, input.shape):
+        way_out = ": pass target.reshape_as(input)" if _differ_by_ones(target, input) else ""
         raise ValueError(
             f"target must have input's shape, got target of shape {tuple(target.shape)} "
-            f"and input of shape {tuple(input.shape)}"
-            + (": pass target.reshape_as(input)" if _differ_by_ones(target, input) else "")
+            f"and input of shape {tuple(input.shape)}{way_out}"
         )
-    inside = None
-    if inside_weights is not None:
-        inside = _checked_weights("inside_weights", inside_weights, input)
-    outside, outside_number = _outside(outside_weights, input)
+    inside, _ = _weights("inside_weights", inside_weights, input, False)
+    outside, outside_number = _weights("outside_weights", outside_weights, input, True)
     transition, sigma_number, beta_number = _checked_transition(sigma, beta, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
     problem = make_problem(
@@ -166,7 +164,7 @@ def smooth_l1_loss(
         divisor_number,
         reduction != "none",
     )
-    if reduction == "none" and _is_autocast(input.device.type):
+    if problem.loss_dtype is not problem.compute_dtype and _is_autocast(input.device.type):
         problem = problem._replace(loss_dtype=problem.compute_dtype)
     if transition is not None and sigma is not None:
         problem = problem._replace(beta=_beta_of(transition, problem.compute_dtype))
@@ -234,40 +232,46 @@ def _check_tensor(
         )
 
 
-def _outside(weights: Any, input: Tensor) -> tuple[Tensor | None, float]:
-    """Return the outside weights: a tensor and 1, or None and a number."""
+def _weights(
+    name: str, weights: Any, input: Tensor, or_number: bool
+) -> tuple[Tensor | None, float]:
+    """Return the weights: a tensor and 1, or None and a number, where that is allowed."""
     if weights is None:
         return None, 1.0
-    if not isinstance(weights, (Tensor, bool)) and isinstance(weights, (Real, *SYMBOLS)):
-        return None, _number("outside_weights", weights)
-    return _checked_weights("outside_weights", weights, input), 1.0
-
-
-def _checked_weights(name: str, weights: object, input: Tensor) -> Tensor:
     if isinstance(weights, Tensor):
         _check_tensor(name, weights, WEIGHT_DTYPES, input)
         _check_broadcasts(name, weights, input)
-        return weights
-    allowed = "a torch.Tensor" if name == "inside_weights" else "a real number or a torch.Tensor"
-    got = repr(weights)
+        return weights, 1.0
+    # (All is decided in this frame, because torch.compile takes NumPy's numbers for arrays until it
+    # gives up on the frame that raises.)
+    is_number = isinstance(weights, (Real, *SYMBOLS)) and not isinstance(weights, bool)
+    if is_number and or_number:
+        return None, _number(name, weights)
+    got, hint = _kind(weights), ""
     # In other libraries other arguments have this place.
-    if isinstance(weights, bool):
-        hint = ": a mask is a bool tensor, and PyTorch's size_average and reduce are reduction here"
+    if is_number:
+        _number(name, weights)  # One that no float can hold raises.
+        # (torch.compile cannot show a symbol.)
+        got = "NUMBER" if is_dynamo_compiling() else f"{weights}"
+        hint = f": for the transition point pass beta={got}"
+    elif isinstance(weights, bool):
+        got = f"{weights}"
+        hint = ": a mask is a bool tensor; for size_average or reduce pass reduction"
     elif isinstance(weights, str):
-        hint = ": reduction goes by name"
-    elif isinstance(weights, (Real, *SYMBOLS)):
-        hint = f": for the transition point pass beta={weights}"
-    else:
-        got = _kind(weights)
-        hint = ": torch.as_tensor makes one" if hasattr(weights, "__len__") else ""
+        got, hint = f"'{weights}'", ": reduction goes by name"
+    elif hasattr(weights, "__len__"):
+        hint = ": torch.as_tensor makes one"
+    allowed = "a real number or a torch.Tensor" if or_number else "a torch.Tensor"
     raise TypeError(f"{name} must be {allowed}, got {got}{hint}")
 
 
 def _check_broadcasts(name: str, value: Tensor, input: Tensor) -> None:
     if not _broadcasts(value.shape, input.shape):
+        # (Within the message, because torch.compile adds no text to one that holds symbols.)
+        way_out = _way_out(name, value.shape, input.shape)
         raise ValueError(
             f"{name} must broadcast to input's shape {tuple(input.shape)}, "
-            f"got shape {tuple(value.shape)}" + _way_out(name, value.shape, input.shape)
+            f"got shape {tuple(value.shape)}{way_out}"
         )
 
 
@@ -290,8 +294,11 @@ def _way_out(name: str, shape: torch.Size, to: torch.Size) -> str:
 
 
 def _differ_by_ones(one: Tensor, other: Tensor) -> bool:
-    """Whether two shapes are the same but for sizes of 1."""
-    if not _are_known(*one.shape, *other.shape):
+    """Whether one shape has sizes of 1 more than the other, and is the same otherwise.
+
+    (Where both have as many, one may be transposed.)
+    """
+    if one.dim() == other.dim() or not _are_known(*one.shape, *other.shape):
         return False
     sizes, others = ([size for size in tensor.shape if size != 1] for tensor in (one, other))
     return sizes == others

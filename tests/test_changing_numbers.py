@@ -171,9 +171,15 @@ def test_numbers_of_numpy(kind: Any, backend: str, device: str) -> None:
     compiled = torch.compile(
         lambda n: smooth_l1_loss(x, target, reduction="sum", normalizer=n), backend="aot_eager"
     )
+    weighted = torch.compile(
+        lambda n: smooth_l1_loss(x, target, outside_weights=n), backend="aot_eager"
+    )
     for value in (3, 5, 7):
         torch.testing.assert_close(
             compiled(kind(value)), composed(x, target, reduction="sum", normalizer=value)
+        )
+        torch.testing.assert_close(
+            weighted(kind(value)), value * composed(x, target, reduction="mean")
         )
 
 

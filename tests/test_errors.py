@@ -96,6 +96,8 @@ WAYS_OUT = [
     ((2, 3, 5, 7), (2, 5, 7), "[:, None, :, :]"),  # pixels
     ((2, 3, 5, 7), (2, 5), "[:, None, :, None]"),
     ((4, 1, 5, 7), (4, 5, 7), "[:, None, :, :]"),
+    ((2, 3, 4), (2, 1), "[:, None, :]"),
+    ((8,), (5, 1), ""),
     ((4, 1, 4, 32), (4,), ""),  # samples, or rows of pixels?
     ((4, 4, 8), (4,), ""),
     ((3, 3, 4, 4, 8), (3, 4), ""),
@@ -132,7 +134,8 @@ def test_the_way_out_is_shown_where_there_is_one(
     [
         ((64,), (64, 1), True),  # a value function's output and its returns
         ((64, 1), (64,), True),
-        ((1, 64), (64, 1), True),
+        ((1, 64), (64, 1), False),  # transposed, perhaps
+        ((4, 1, 4), (4, 4, 1), False),
         ((2, 5, 7), (2, 1, 5, 7), True),
         ((64,), (64, 4), False),
         ((4, 64), (64, 4), False),
@@ -205,6 +208,7 @@ def test_weights_that_are_neither_number_nor_tensor(
     call = _call(device, **{name: value})
     message = _raises(TypeError, call, name, type(value).__name__, "Tensor")
     assert ("number" in message) == (name == "outside_weights")
+    assert ("torch.as_tensor" in message) == hasattr(value, "__len__")
 
 
 @pytest.mark.parametrize("value", [0.111, 0, 3, 1 / 9, np.float32(0.5), Fraction(1, 4)], ids=repr)
@@ -212,11 +216,47 @@ def test_numbers_are_no_inside_weights(value: Any, backend: str, device: str) ->
     """In detectron2 and fvcore the third argument is beta."""
     pair = gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
     message = (
-        f"inside_weights must be a torch.Tensor, got {value!r}: "
+        f"inside_weights must be a torch.Tensor, got {value}: "
         f"for the transition point pass beta={value}"
     )
     assert _raises(TypeError, lambda: smooth_l1_loss(*pair, value, reduction="sum")) == message
     assert _raises(TypeError, lambda: SmoothL1Loss()(*pair, value)) == message
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (0.5, "inside_weights must be a torch.Tensor, got .*beta="),
+        (3, "inside_weights must be a torch.Tensor, got .*beta="),
+        (True, "inside_weights must be a torch.Tensor, got True: a mask"),
+        ("sum", "inside_weights must be a torch.Tensor, got .*: reduction goes by name"),
+        (torch.ones(6), r"inside_weights must broadcast .*: pass inside_weights\[:, None\]"),
+        (None, r"target must have input.*: pass target.reshape_as\(input\)"),
+    ],
+    ids=["float", "int", "bool", "str", "rows", "target"],
+)
+def test_messages_of_compiled_functions(argument: Any, said: str, dynamic: bool) -> None:
+    """With a graph for all of it, the message is in the compiler's; otherwise it is the same."""
+    input, target = gaussian(6, 4, seed=1), gaussian(6, 4, seed=2)
+    operands = (input, target, argument) if argument is not None else (input, target[:, None])
+    errors = []
+    for fullgraph in (True, False):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda *operands: smooth_l1_loss(*operands),
+            backend="eager",
+            dynamic=dynamic,
+            fullgraph=fullgraph,
+        )
+        # (PyTorch 2.9 does not tell of every exception.)
+        shown = "" if fullgraph and torch.__version__ < "2.10" else said
+        with pytest.raises(Exception, match=shown) as caught:
+            compiled(*operands)
+        errors.append(caught.value)
+    with pytest.raises(type(errors[1])) as plain:
+        smooth_l1_loss(*operands)
+    assert str(errors[1]) == str(plain.value)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -421,7 +461,9 @@ def test_numpy_bool_is_told_from_bool(backend: str, device: str) -> None:
         _raises(TypeError, call, name, r"numpy\.bool")
 
 
-@pytest.mark.parametrize("name", ["sigma", "beta", "outside_weights", "normalizer"])
+@pytest.mark.parametrize(
+    "name", ["sigma", "beta", "inside_weights", "outside_weights", "normalizer"]
+)
 def test_number_beyond_floats(name: str, backend: str, device: str) -> None:
     _raises(ValueError, _call(device, reduction="sum", **{name: 10**400}), name, "float")
 

@@ -65,6 +65,18 @@ def test_jit_trace(
         _assert_same(traced, _step(composed, weights, reduction=reduction), _operands(rows, device))
 
 
+def test_a_trace_of_no_rows_holds_no_product_of_single_numbers(backend: str, device: str) -> None:
+    """On a GPU PyTorch's fuser fails on one (pytorch#144965)."""
+    step = _step(smooth_l1_loss, "rows", reduction="sum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced: Any = torch.jit.trace(step, _operands(0, device))
+    products = [node for node in traced.graph.nodes() if node.kind() == "aten::mul"]
+    assert len(products) > 3
+    for node in products:
+        assert any(operand.type().dim() for operand in node.inputs()), node
+
+
 class _Model(nn.Module):
     def __init__(self, criterion: nn.Module) -> None:
         super().__init__()
@@ -134,6 +146,18 @@ def test_sizes_in_the_place_of_numbers(backend: str, device: str) -> None:
         for rows in (6, 9):
             x, t, *_ = _operands(rows, device)
             torch.testing.assert_close(traced(x, t), step(composed, x, t))
+
+
+def test_wrong_shapes_that_depend_on_data(backend: str, device: str) -> None:
+    """The message is the same, without a hint that would ask for the data."""
+
+    def step(x: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        rows = m.nonzero().squeeze(1)
+        return smooth_l1_loss(x[rows], t[rows][:, None])
+
+    x, t, _, mask = _operands(6, device)
+    with pytest.raises(ValueError, match=r"target must have input's shape, got .*\)$"):
+        make_fx(step, tracing_mode="symbolic")(x.detach(), t, mask[:, 0])
 
 
 def test_export_with_a_count_that_depends_on_data(backend: str, device: str) -> None:
