@@ -282,3 +282,5 @@ def test_bad_normalizer_on_the_device(
     (gradient,) = torch.autograd.grad(loss, input)
     for value in (loss, *gradient):
         torch.testing.assert_close(value.item(), expected, equal_nan=True)
+    of_nothing = smooth_l1_loss(input, input.detach(), reduction="sum", normalizer=divisor)
+    assert of_nothing.isnan() == (normalizer != INF)
