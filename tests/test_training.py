@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 from torch.utils.checkpoint import checkpoint
 
-from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1 import SmoothL1Loss, functional, smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests.support import check, coin, gaussian
 from tests.variants import REDUCTIONS, VARIANTS, fresh, make, trained
@@ -106,6 +106,12 @@ def test_autocast_gives_each_element_in_float32(
         torch.testing.assert_close(one, other)
     outside = smooth_l1_loss(input, target, reduction="none")
     assert outside.dtype == dtype
+
+
+def test_autocast_counts_for_its_own_device() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {device: functional._is_autocast(device) for device in ("cpu", "cuda", "meta")}
+    assert found == {"cpu": True, "cuda": False, "meta": False}
 
 
 def test_grad_scaler(backend: str, device: str) -> None:
