@@ -10,8 +10,6 @@ gives NaN here rather than the zeros a fresh page happens to hold.
 """
 
 import gc
-import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,26 +18,19 @@ import hypothesis
 import pytest
 import torch
 
-from tests.support import backend_set
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def version(module: str) -> tuple[int, ...]:
-    """Return the first two numbers of a module's version; Triton's package has several names."""
-    return tuple(map(int, importlib.import_module(module).__version__.split(".")[:2]))
-
-
-# That of Triton 3.6 and older does not work with NumPy 2.4 and newer. On a GPU the kernel is
-# compiled; what runs on the CPU there too still needs the interpreter.
-HAS_INTERPRETER = HAS_TRITON and (version("triton") >= (3, 7) or version("numpy") < (2, 4))
-on_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter stands in where there is no GPU"
+from tests.support import (
+    DEVICE,
+    HAS_GPU,
+    HAS_INTERPRETER,
+    HAS_TRITON,
+    NO_INTERPRETER,
+    backend_set,
 )
-NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
+from tests.support import needs_no_gpu as on_interpreter  # noqa: F401
+from tests.support import version as version
 
 hypothesis.settings.register_profile(
     "ci",
@@ -116,36 +107,59 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         kept.cache_clear()
 
 
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Let a test draw the same values at every run."""
+    torch.manual_seed(0)
 
 
-def _select(name: str) -> Iterator[str]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on the backends that it is marked with."""
+    mark = metafunc.definition.get_closest_marker("backends")
+    names = mark.args if mark else ()
+    if not mark and "backend" in metafunc.definition._fixtureinfo.argnames:
+        names = ("eager", "triton")
+    if names:
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Choose the backend that the test is marked with; otherwise leave the choice unset."""
+    name: str | None = getattr(request, "param", None)
     if name == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed on this machine")
-    if name == "triton" and not HAS_INTERPRETER and not torch.cuda.is_available():
+    if name == "triton" and not HAS_INTERPRETER and not HAS_GPU:
         pytest.skip(NO_INTERPRETER)
+    if name is None:
+        yield None
+        return
     with backend_set(name):
         yield name
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on each backend."""
-    yield from _select(request.param)
+# To be removed with the last test that uses them.
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
 
 
 @pytest.fixture
 def triton_backend() -> Iterator[str]:
     """Run the test on the kernel alone."""
-    yield from _select("triton")
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed on this machine")
+    if not HAS_INTERPRETER and not HAS_GPU:
+        pytest.skip(NO_INTERPRETER)
+    with backend_set("triton"):
+        yield "triton"
 
 
 @pytest.fixture
 def eager_backend() -> Iterator[str]:
     """Run the test on eager PyTorch alone."""
-    yield from _select("eager")
+    with backend_set("eager"):
+        yield "eager"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What several test files need: operands, the tolerance, and one comparison with the oracle.
+"""What the tests have in common: operands, the catalogue's calls, backends, and the comparison.
 
 Tolerances are derived, not guessed. The package computes in the accumulator's dtype (float32, or
 float64 where an operand is float64), so a value that is not a sum passes through at most ELEMENT
@@ -8,61 +8,67 @@ the terms' absolute values. Storing in 16 bits adds one rounding, or two where a
 multiplied by an upstream gradient afterwards.
 """
 
-import itertools
+import importlib
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
+from bench.codegen.calls import calls
 from fused_smoothl1 import dispatch, smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests import oracle
+
+ROOT = Path(__file__).parents[1]
+# With a CUDA GPU every test runs on it with the compiled kernel, without one on the CPU with the
+# same kernel under Triton's interpreter.
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 ELEMENT = 16
 NAMES = ("input", "target", "inside_weights", "outside_weights", "sigma", "beta")
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASKS = (torch.bool, torch.uint8)
 
+assert_equal = partial(assert_close, rtol=0, atol=0, equal_nan=True)
 
-def gaussian(
-    *shape: int,
-    seed: int,
-    scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    requires_grad: bool = False,
-) -> Tensor:
-    """Return normally distributed values, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    return values.to(dtype).to(device).requires_grad_(requires_grad)
+Shape = tuple[int, ...]
+Loss = Callable[..., Tensor]
 
 
-def coin(*shape: int, seed: int, p: float = 0.5, device: str = "cpu") -> Tensor:
-    """Return a boolean mask of independent throws with probability p, which differ."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape, generator=generator) < p
-    assert mask.numel() < 6 or p in (0, 1) or mask.any() != mask.all(), "take another seed"
-    return mask.to(device)
+def version(module: str) -> tuple[int, ...]:
+    """Return the first two numbers of a module's version; Triton's package has several names."""
+    return tuple(map(int, importlib.import_module(module).__version__.split(".")[:2]))
 
 
-def maker(device: str) -> Callable[..., Tensor]:
-    """Return what makes the operands of a `bench.codegen.calls.Call`, each with its own seed."""
-    seeds = itertools.count()
+# That of Triton 3.6 and older does not work with NumPy 2.4 and newer. (On a GPU, what runs on the
+# CPU all the same still needs the interpreter.)
+HAS_INTERPRETER = HAS_TRITON and (version("triton") >= (3, 7) or version("numpy") < (2, 4))
+NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="waits for a CUDA GPU")
+needs_interpreter = pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER)
+needs_no_gpu = pytest.mark.skipif(HAS_GPU, reason="the interpreter stands in where there is no GPU")
 
-    def make(*shape: int, dtype: str) -> Tensor:
-        kind = getattr(torch, dtype)
-        if not shape:  # a normalizer
-            return torch.tensor(7, dtype=kind, device=device)
-        if kind in MASKS:
-            return coin(*shape, seed=next(seeds), device=device).to(kind)
-        return gaussian(*shape, seed=next(seeds), dtype=kind, device=device)
-
-    return make
+# On which backends tests run: as `pytestmark` all of a file, as a decorator one that differs.
+on_both = pytest.mark.backends("eager", "triton")
+on_eager = pytest.mark.backends("eager")
+on_kernel = pytest.mark.backends("triton")
 
 
 @contextmanager
@@ -76,6 +82,131 @@ def backend_set(name: str | None) -> Iterator[None]:
         dispatch._backends.clear()
         yield
     dispatch._backends.clear()
+
+
+def run_python(
+    *arguments: str, gpu: bool = False, timeout: float | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter, in which none of this run's settings count, nor a GPU by default."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FUSED_"))}
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**kept, **hidden, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def values(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    grad: bool = False,
+    seed: int | None = None,
+) -> Tensor:
+    """Return normally distributed values, the same on every device.
+
+    Each call has others, the same at every run of a test; with a seed they are always the same.
+    """
+    generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return drawn.to(dtype).to(DEVICE).requires_grad_(grad)
+
+
+def coin(*shape: int, p: float = 0.5, seed: int | None = None, device: str = DEVICE) -> Tensor:
+    """Return a mask of independent throws with probability p, of which the first two differ."""
+    generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < p
+    if mask.numel() > 1 and 0 < p < 1:
+        mask.view(-1)[:2] = torch.tensor([True, False])
+    return mask.to(device)
+
+
+def boxes(
+    shape: int | Shape,
+    *weights: Any,
+    grad: int | Sequence[bool] = 1,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> list[Any]:
+    """Return predictions and targets, `shape` or (rows, 4), and the weights behind them.
+
+    Weights are made if they are given by their shape. The first `grad` operands require a gradient,
+    or those of which it says so.
+    """
+    size = (shape, 4) if isinstance(shape, int) else shape
+    needs = [i < grad for i in range(4)] if isinstance(grad, int) else grad
+    operands = [size, size, *weights]
+    return [
+        values(*own, dtype=dtype, scale=scale, grad=need) if isinstance(own, tuple) else own
+        for own, need in zip(operands, needs, strict=False)
+    ]
+
+
+def call(name: str, rows: int = 6, **options: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return operands and options of a call of the catalogue, "float32 dense" for one.
+
+    Where a mask does not select, NaN and inf stand in input and target. The options are changed as
+    given; a normalizer is left out unless the reduction is a sum.
+    """
+    (found,) = (one for one in calls(rows) if f"{one.dtype} {one.name}" == name)
+
+    def make(*shape: int, dtype: str) -> Tensor:
+        kind = getattr(torch, dtype)
+        if not shape:
+            return torch.tensor(7, dtype=kind, device=DEVICE)
+        return coin(*shape).to(kind) if kind in MASKS else values(*shape, dtype=kind)
+
+    operands, own = found.bind(make)
+    for mask in operands[2:]:
+        if mask.dtype in MASKS:
+            excluded = (mask == 0).expand(operands[0].shape)
+            operands[0].data[excluded], operands[1].data[excluded] = math.nan, math.inf
+    own |= options
+    if own["reduction"] != "sum":
+        own["normalizer"] = None
+    return operands, own
+
+
+# Every call of the catalogue; and for what surrounds a call, one of every kind of operand.
+CALLS = [f"{one.dtype} {one.name}" for one in calls(rows=1)]
+KINDS = [
+    f"float32 {name}"
+    for name in (
+        "dense",
+        "row and column weights, all gradients",
+        "row mask, int64 normalizer",
+        "element mask",
+        "two masks",
+        "outside mask, gradient of channel weights",
+        "unaligned, one program, a number",
+        "every other column, transposed target, L1",
+        "beta of rows, its gradient",
+        "beta of channels, row mask",
+    )
+]
+
+
+def trained(operands: Sequence[Any], options: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that require a gradient."""
+    return [t for t in (*operands, *options.values()) if isinstance(t, Tensor) and t.requires_grad]
+
+
+def results(
+    function: Loss, operands: Sequence[Any], upstream: Any = 1.0, **options: Any
+) -> list[Tensor]:
+    """Return a loss, and the gradient of each tensor that requires one.
+
+    `upstream` is the gradient that arrives at the loss, or its value everywhere.
+    """
+    loss = function(*operands, **options)
+    above = upstream if isinstance(upstream, Tensor) else torch.full_like(loss, upstream)
+    wanted = trained(operands, options)
+    return [loss.detach(), *(torch.autograd.grad(loss, wanted, above) if wanted else ())]
 
 
 def accumulator(*operands: Any) -> torch.dtype:
@@ -143,7 +274,7 @@ def assert_same(what: str, one: Tensor, other: Tensor) -> None:
     """
     assert (one.dtype, one.shape) == (other.dtype, other.shape), what
     stored, inside = torch.finfo(one.dtype), torch.finfo(accumulator(one))
-    torch.testing.assert_close(
+    assert_close(
         one,
         other,
         rtol=ELEMENT * inside.eps + (2.02 * stored.eps if stored.eps > inside.eps else 0),
@@ -244,7 +375,7 @@ def check(
         )
     for tensor, (value, version) in zip(tensors.values(), before, strict=True):
         assert tensor._version == version, "an operand was written to"
-        torch.testing.assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
+        assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
     return {"loss": loss.detach(), **gradients}
 
 
@@ -257,3 +388,33 @@ def gradient_unless_modified(loss: Tensor, operand: Tensor) -> Tensor | None:
             raise
         return None
     return gradient
+
+
+# To be removed with the last test that uses them.
+def gaussian(
+    *shape: int,
+    seed: int,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    requires_grad: bool = False,
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return values.to(dtype).to(device).requires_grad_(requires_grad)
+
+
+def maker(device: str) -> Callable[..., Tensor]:
+    import itertools
+
+    seeds = itertools.count()
+
+    def make(*shape: int, dtype: str) -> Tensor:
+        kind = getattr(torch, dtype)
+        if not shape:  # a normalizer
+            return torch.tensor(7, dtype=kind, device=device)
+        if kind in MASKS:
+            return coin(*shape, seed=next(seeds), device=device).to(kind)
+        return gaussian(*shape, seed=next(seeds), dtype=kind, device=device)
+
+    return make

@@ -1,9 +1,9 @@
 """A call for every kind of launch: every float dtype, access, kind of weight and role of a launch.
 
-`python -m bench codegen` compiles them, and the tests run them, under compute-sanitizer and in CUDA
-graphs too. What makes the launcher pick something new belongs here. Kinds that do not touch each
-other share a call, which saves compilation. Most are in float32; what another type changes is
-repeated in it.
+`python -m bench codegen` compiles them, and the tests run them: by themselves, in CUDA graphs,
+under compute-sanitizer, and amid all that PyTorch puts around a call. What makes the launcher pick
+something new belongs here. Kinds that do not touch each other share a call, which saves
+compilation. Most are in float32; what another type changes is repeated in it.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,8 @@ class Call:
     wanted: int = 1
     reduction: str = "mean"
     normalizer: str | None = None  # the type of a tensor on the device
-    beta: Operand | None = None  # a tensor; if there is none, sigma is a number
+    outside_number: float | None = None  # in the place of outside weights
+    beta: Operand | float | None = None  # if there is none, sigma is a number
     wants_beta: bool = False
     upstream: Callable[[Any], Any] = lambda gradient: gradient
 
@@ -53,8 +54,12 @@ class Call:
         options: dict[str, Any] = {"reduction": self.reduction, "normalizer": None}
         if self.normalizer is not None:
             options["normalizer"] = make(dtype=self.normalizer)
+        if self.outside_number is not None:
+            options["outside_weights"] = self.outside_number
         if self.beta is None:
             options["sigma"] = SIGMA
+        elif not isinstance(self.beta, Operand):
+            options["beta"] = self.beta
         else:
             beta = make(*self.beta.shape, dtype=self.beta.dtype).abs()
             options["beta"] = self.beta.view(beta).requires_grad_(self.wants_beta)
@@ -80,18 +85,19 @@ def calls(rows: int) -> list[Call]:
     every_other = Operand((rows, 8), view=lambda wide: wide[:, ::2])
     transposed = Operand((4, rows), view=lambda turned: turned.t())
     unaligned = Operand((1000,), view=lambda longer: longer[1:])
+    boxes = 2 * (of(rows, 4),)
     half, brain = of(flat, dtype="float16"), of(flat, dtype="bfloat16")
 
     def row_mask(dtype: str, normalizer: str) -> Call:
-        boxes, mask = of(rows, 4, dtype=dtype), of(rows, 1, dtype="bool")
+        operands = 2 * (of(rows, 4, dtype=dtype),) + (of(rows, 1, dtype="bool"),)
         name = f"row mask, {normalizer} normalizer"
-        return Call(name, (boxes, boxes, mask), reduction="sum", normalizer=normalizer)
+        return Call(name, operands, reduction="sum", normalizer=normalizer)
 
     return [
         Call("dense", 4 * (of(flat),)),
         Call("dense, elementwise", 4 * (of(flat),), reduction="none"),
         *(
-            Call(f"{layout} of the upstream gradient", 2 * (of(rows, 4),), 1, "none", upstream=view)
+            Call(f"{layout} of the upstream gradient", boxes, 1, "none", upstream=view)
             for layout, view in {
                 "rows": lambda gradient: gradient[:, :1].expand_as(gradient),
                 "slice": lambda gradient: gradient.repeat(1, 2)[:, :4],
@@ -99,10 +105,10 @@ def calls(rows: int) -> list[Call]:
             }.items()
         ),
         row_mask("float32", "int64"),
-        Call("element mask", (of(rows, 4), of(rows, 4), of(rows, 4, dtype="uint8"))),
+        Call("element mask", (*boxes, of(rows, 4, dtype="uint8"))),
         Call(
             "outside mask, gradient of channel weights",
-            (of(rows, 4), of(rows, 4), of(1, 4), of(rows, 4, dtype="bool")),
+            (*boxes, of(1, 4), of(rows, 4, dtype="bool")),
             wanted=3,
         ),
         Call("rows of 5", (of(rows, 5), of(rows, 5), of(5), of(rows, 1)), reduction="batchmean"),
@@ -111,9 +117,11 @@ def calls(rows: int) -> list[Call]:
             (channels_last, channels_last, of(1, 4, 1, 1), pixels),
         ),
         Call("planes, channels_last target, pixel mask", (planes, channels_last, pixel_mask)),
-        Call("unaligned, one program", (unaligned, unaligned)),
+        Call("two masks", (*boxes, of(rows, 1, dtype="bool"), of(4, dtype="uint8")), wanted=2),
+        Call("row and column weights, all gradients", (*boxes, of(rows, 1), of(4)), wanted=4),
+        Call("unaligned, one program, a number", (unaligned, unaligned), outside_number=-2.0),
         Call("slice of columns, no gradient", (columns, columns), wanted=0),
-        Call("every other column, transposed target", (every_other, transposed)),
+        Call("every other column, transposed target, L1", (every_other, transposed), beta=0.0),
         Call("dense, both gradients", (of(flat), brain), wanted=2),
         Call("dense", 4 * (brain,)),
         Call("dense", 4 * (half,)),
@@ -121,9 +129,9 @@ def calls(rows: int) -> list[Call]:
         row_mask("bfloat16", "float32"),
         Call("dense, beta for all", 4 * (of(flat),), beta=of()),
         Call("dense, beta for all, elementwise", 4 * (of(flat),), reduction="none", beta=of()),
-        Call("beta of rows, its gradient", 2 * (of(rows, 4),), beta=of(rows, 1), wants_beta=True),
-        Call("beta of channels", (of(rows, 4), of(rows, 4), of(rows, 1)), beta=of(4)),
-        Call("every other beta", 2 * (of(rows, 4),), beta=every_other),
+        Call("beta of rows, its gradient", boxes, beta=of(rows, 1), wants_beta=True),
+        Call("beta of channels, row mask", (*boxes, of(rows, 1, dtype="bool")), beta=of(4)),
+        Call("every other beta", boxes, beta=every_other),
         *(
             Call("dense, a beta each, all gradients", 4 * (own,), 4, beta=own, wants_beta=True)
             for own in (of(flat), of(flat, dtype="float64"))

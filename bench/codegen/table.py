@@ -123,7 +123,8 @@ def _compile(target: str, number: int) -> list[Compiled]:
             lambda *shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype))
         )
         loss = smooth_l1_loss(*operands, **options)
-        wanted = [t for t in (*operands, options.get("beta")) if t is not None and t.requires_grad]
+        tensors = [t for t in (*operands, options.get("beta")) if isinstance(t, torch.Tensor)]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
         if wanted:
             upstream = torch.empty_like(loss)
             upstream = call.upstream(upstream) if loss.dim() else upstream
