@@ -148,8 +148,8 @@ def smooth_l1_loss(
             f"target must have input's shape, got target of shape {tuple(target.shape)} "
             f"and input of shape {tuple(input.shape)}{way_out}"
         )
-    inside, _ = _weights("inside_weights", inside_weights, input, False)
-    outside, outside_number = _weights("outside_weights", outside_weights, input, True)
+    inside, _ = _weights("inside_weights", inside_weights, input)
+    outside, outside_number = _weights("outside_weights", outside_weights, input, or_number=True)
     transition, sigma_number, beta_number = _checked_transition(sigma, beta, input)
     divisor, divisor_number = _divisor(reduction, normalizer, input)
     problem = make_problem(
@@ -233,7 +233,7 @@ def _check_tensor(
 
 
 def _weights(
-    name: str, weights: Any, input: Tensor, or_number: bool
+    name: str, weights: Any, input: Tensor, *, or_number: bool = False
 ) -> tuple[Tensor | None, float]:
     """Return the weights: a tensor and 1, or None and a number, where that is allowed."""
     if weights is None:

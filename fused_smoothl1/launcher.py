@@ -169,9 +169,8 @@ class Code:
             raise NoKernelError(self.obstacle)
         try:
             compiled = self.kernel.warmup(*arguments, grid=(1,), **self.options)
-            _ = (
-                compiled and compiled.run
-            )  # To ask for it loads it. (A hook may keep it from being.)
+            if compiled is not None:  # A hook may have kept Triton from compiling.
+                _ = compiled.run  # To ask for it loads it.
         except Exception as error:
             if any(words in str(error) for words in PASSING):
                 raise
