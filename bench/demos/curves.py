@@ -1,16 +1,42 @@
-"""The loss curves of trainings that differ by their formula alone, for a file and a picture."""
+"""What trainings that differ by their formula alone report: its cost, and the loss curves."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from torch import Tensor
 
+from bench.measure import measure, peak_extra_bytes
 from bench.plot import STYLES
+from bench.rivals import Formula
 
+LOSS_SECONDS = 1.0  # for timing the loss alone
 POINTS = 250  # of the curves, in the file and in the picture
 REACH = 10  # points before and after one, with which it is averaged
+
+
+def add_costs(
+    trainings: Sequence[dict[str, Any]],
+    formulas: Mapping[str, Formula],
+    input: Tensor,
+    operands: Sequence[Tensor | None],
+    options: Mapping[str, Any],
+) -> None:
+    """Add to each training what its formula alone takes on these operands, forward and backward."""
+
+    def gradient(name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(formulas[name](input, *operands, **options), input)
+
+    alone = {name: partial(gradient, name) for name in formulas}
+    timings = measure({name: [step] for name, step in alone.items()}, input.device, LOSS_SECONDS)
+    for training in trainings:
+        name = training["formula"]
+        training["loss_ms"] = timings[name].median_ms
+        training["loss_peak_bytes"] = peak_extra_bytes(alone[name], input.device)
 
 
 def compared(losses: Mapping[str, Sequence[float]]) -> dict[str, Any]:

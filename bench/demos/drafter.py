@@ -32,7 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.demos import curves, language_model
 from bench.demos.language_model import HIDDEN, LENGTH, SEED, LanguageModel, Texts
-from bench.measure import measure, peak_extra_bytes
 from bench.plot import STYLES
 from bench.report import RESULTS, describe, number, write_json
 from bench.rivals import FUSED, Formula, composition_for_drafter, fused_for_drafter
@@ -45,7 +44,6 @@ OPTIONS: dict[str, Any] = {"reduction": "sum"}
 ENTROPY_WEIGHT = 0.1  # as in EAGLE
 HELD_OUT = 200  # functions
 ALLOWED_GAP = 0.02  # of the accepted share, between the two trainings
-LOSS_SECONDS = 1.0  # for timing the loss alone
 VIEWS, COLUMNS = 5, 100  # texts in the picture, and characters of a line
 OWN, OTHER, PROMPT = "the language model's own choice", "another one", "prompt, not drafted"
 COLORS = {OWN: "#a9dfb5", OTHER: "#f5b7a0", PROMPT: "white"}
@@ -109,12 +107,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # The loss alone, forward and backward, on what a drafter has learned.
     predicted.requires_grad_()
-    operands = (target, None, drafted(test))
-    alone = {name: partial(_gradient, name, predicted, operands) for name in FORMULAS}
-    timings = measure({name: [step] for name, step in alone.items()}, device, LOSS_SECONDS)
-    for training in trainings:
-        training["loss_ms"] = timings[training["formula"]].median_ms
-        training["loss_peak_bytes"] = peak_extra_bytes(alone[training["formula"]], device)
+    curves.add_costs(trainings, FORMULAS, predicted, (target, None, drafted(test)), OPTIONS)
     machine = describe(device)
     plain = {
         **asdict(machine),
@@ -164,11 +157,6 @@ def _losses(
     value_loss = FORMULAS[name](predicted, target, None, mask, **OPTIONS)
     entropy = -model.head(target).softmax(2) * model.head(predicted).log_softmax(2)
     return value_loss, ENTROPY_WEIGHT * (mask * entropy).sum() / (mask.sum() + 1e-5)
-
-
-def _gradient(name: str, predicted: Tensor, operands: Sequence[Tensor | None]) -> Tensor:
-    loss = FORMULAS[name](predicted, *operands, **OPTIONS)
-    return torch.autograd.grad(loss, predicted)[0]
 
 
 @torch.no_grad()

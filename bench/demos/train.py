@@ -9,7 +9,6 @@ measured on canvases whose digits were not used in training.
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from torch.nn import functional
 
 from bench import rpn
 from bench.demos import curves
-from bench.measure import measure, peak_extra_bytes
 from bench.report import RESULTS, console, describe, write_json
 from bench.rivals import FUSED, Formula, composition
 from fused_smoothl1 import smooth_l1_loss
@@ -56,7 +54,6 @@ CANDIDATES = 200  # best scores per canvas that are looked at
 VIEWS = 4  # canvases in the picture
 FOUND_IOU = 0.5
 ALLOWED_GAP = 0.05  # of recall, between the two trainings
-LOSS_SECONDS = 1.0  # for timing the loss alone
 DRAWN_SCORE = 0.5  # proposals below it are not drawn
 PROPOSED, TRUE = "#21c45d", "#ff9f1c"
 Batch = tuple[Tensor, ...]  # canvases (B, 1, H, W), the RPN's targets and weights (B, 4A, h, w)
@@ -118,11 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     # The loss alone, forward and backward, on what a network has learned.
     batch = tuple(tensor[:BATCH] for tensor in test)
     deltas = network(batch[0])[1].detach().requires_grad_()
-    alone = {name: partial(_box_gradient, name, deltas, batch) for name in FORMULAS}
-    timings = measure({name: [step] for name, step in alone.items()}, device, LOSS_SECONDS)
-    for training in trainings:
-        training["loss_ms"] = timings[training["formula"]].median_ms
-        training["loss_peak_bytes"] = peak_extra_bytes(alone[training["formula"]], device)
+    curves.add_costs(trainings, FORMULAS, deltas, batch[1:], OPTIONS)
     machine = describe(device)
     plain = {
         **asdict(machine),
@@ -198,10 +191,6 @@ def _train(network: Rpn, name: str, train: Batch, steps: int) -> list[float]:
         schedule.step()
         losses.append(box_loss.item())  # reading it waits for a GPU
     return losses
-
-
-def _box_gradient(name: str, deltas: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(FORMULAS[name](deltas, *batch[1:], **OPTIONS), deltas)
 
 
 @torch.no_grad()
