@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from bench.demos import curves, detector, drafter, language_model, train
 from bench.demos.curves import REACH
 from bench.demos.language_model import HIDDEN, LENGTH, encode
-from bench.plot import STYLES
 from bench.rivals import FUSED
 from tests import oracle
 from tests.support import DEVICE, assert_near, boxes, coin, on_both, results, values
@@ -66,25 +65,20 @@ def test_a_training_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert report["largest_difference"] < 1e-4
 
 
-def test_pale_losses_and_their_mean() -> None:
-    first = np.exp(np.random.default_rng(0).normal(size=1000))
-    second = first + 0.5 * (np.arange(1000) == 1)  # at a step that is none of the points
-    found = curves.compared({FORMULAS[0]: first.tolist(), FUSED: second.tolist()})
+def test_curves() -> None:
+    """They have a loss of every fourth step, drawn pale, and its geometric mean on top."""
+    losses = np.exp(np.random.default_rng(0).normal(size=1000))
+    other = losses + 0.5 * (np.arange(1000) == 1)  # at a step that is none of the points
+    found = curves.compared({FORMULAS[0]: losses.tolist(), FUSED: other.tolist()})
     np.testing.assert_allclose(found["largest_difference"], 0.5)
-    figure, (above, below) = plt.subplots(2)
+    figure, pair = plt.subplots(2)
     machine = {"device": "CPU, 1 thread", "torch": "2"}
-    curves.draw((above, below), machine | found, "loss", {name: name for name in FORMULAS})
-    points, lines = first[:: 1000 // curves.POINTS], above.get_lines()
-    for name, pale, smoothed in zip(FORMULAS, lines[::2], lines[1::2], strict=True):
-        assert pale.get_color() == smoothed.get_color() == STYLES[name][0]
-        assert (pale.get_alpha() or 1) < 0.5 < (smoothed.get_alpha() or 1)
-        np.testing.assert_allclose(pale.get_ydata(), points)
-        for at, reach in ((0, 0), (1, 1), (100, REACH), (249, REACH)):
-            mean = np.log(points[at - reach : at + reach + 1]).mean()
-            np.testing.assert_allclose(np.log(smoothed.get_ydata())[at], mean)
-    title = above.get_title()
-    assert "CPU, 1 thread, torch 2" in title
-    assert f"geometric mean over {4 * (2 * REACH + 1)} steps" in title
+    curves.draw(pair, machine | found, "loss", {name: name for name in FORMULAS})
+    pale, smoothed = (np.log(line.get_ydata()) for line in pair[0].get_lines()[:2])
+    np.testing.assert_allclose(pale, np.log(losses[::4]))
+    for at, reach in ((0, 0), (1, 1), (100, REACH), (249, REACH)):
+        np.testing.assert_allclose(smoothed[at], pale[at - reach : at + reach + 1].mean())
+    assert f"geometric mean over {4 * (2 * REACH + 1)} steps" in pair[0].get_title()
     plt.close(figure)
 
 

@@ -16,18 +16,7 @@ from torch import Tensor
 from fused_smoothl1 import eager, smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests import support
-from tests.support import (
-    CALLS,
-    FLOATS,
-    REDUCTIONS,
-    Shape,
-    boxes,
-    call,
-    check,
-    coin,
-    on_eager,
-    values,
-)
+from tests.support import CALLS, FLOATS, REDUCTIONS, boxes, call, check, coin, on_eager, values
 
 pytestmark = on_eager
 
@@ -72,30 +61,29 @@ def test_pytorchs_own_loss(
         check(*operands, reduction=reduction, sigma=1.5, upstream=2.0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"inside_weights": torch.tensor(2.0)},
-        {"outside_weights": 0.5},
-        {"outside_weights": torch.ones(4, 1, dtype=torch.bool)},
-        {"reduction": "sum", "normalizer": 3},
-        {"reduction": "sum", "normalizer": torch.tensor(3)},
-        {"see": lambda t: t.half()},
-        {"see": lambda t: t.bfloat16(), "reduction": "none"},
-        {"see": lambda t: t if t.requires_grad else t.double()},
-        {"see": lambda t: t.t()},
-        {"see": lambda t: t.t(), "reduction": "none"},
-        {"see": lambda t: t[:, ::2], "reduction": "none"},
-        {"see": lambda t: t[:0]},
-        # (The strides of dimensions of size 1 may be anything, and are the gradient's too.)
-        {"see": lambda t: t.t()[:, :1]},
-        {"see": lambda t: t[:1, 0], "reduction": "none"},
-    ],
-    ids=str,
-)
-def test_where_pytorchs_own_loss_is_not_all(options: dict[str, Any]) -> None:
+OTHERS: dict[str, dict[str, Any]] = {
+    "weights": {"inside_weights": torch.tensor(2.0)},
+    "a number": {"outside_weights": 0.5},
+    "a mask": {"outside_weights": torch.ones(4, 1, dtype=torch.bool)},
+    "divided": {"reduction": "sum", "normalizer": 3},
+    "divided on the device": {"reduction": "sum", "normalizer": torch.tensor(3)},
+    "float16": {"see": lambda t: t.half()},
+    "bfloat16": {"see": lambda t: t.bfloat16(), "reduction": "none"},
+    "mixed": {"see": lambda t: t if t.requires_grad else t.double()},
+    "transposed": {"see": lambda t: t.t()},
+    "transposed, elementwise": {"see": lambda t: t.t(), "reduction": "none"},
+    "sliced": {"see": lambda t: t[:, ::2], "reduction": "none"},
+    "empty": {"see": lambda t: t[:0]},
+    # The strides of dimensions of size 1 may be anything, and are the gradient's too.
+    "column": {"see": lambda t: t.t()[:, :1]},
+    "one element": {"see": lambda t: t[:1, 0], "reduction": "none"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_where_pytorchs_own_loss_is_not_all(name: str) -> None:
     """Another gradient, dtype, memory format, or value would come out."""
-    options = {"see": lambda t: t} | options
+    options = {"see": lambda t: t} | OTHERS[name]
     input, target = map(options.pop("see"), boxes(4))
     input = input.detach().requires_grad_()
     assert not _is_own(input, target, **options)
@@ -165,7 +153,7 @@ def test_few_rows(
 @pytest.mark.parametrize("shape", [(80, 1), (80, 6), (1, 6), (6,), ()], ids=str)
 @pytest.mark.parametrize("selected", [0, 1, 10, 11])
 def test_what_few_rows_are(
-    selected: int, shape: Shape, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+    selected: int, shape: support.Shape, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some, at most an eighth of all, of a mask of whole rows, and of enough elements."""
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -202,7 +190,7 @@ def test_losses_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(23, 3, 2), (600,), (1, 600), (600, 0), (23, 23)], ids=str)
-def test_parts_of_odd_shapes(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_odd_shapes(shape: support.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row is one part; weights for each column are not split, be there as many rows."""
     monkeypatch.setattr(eager, "LARGE", 1)
     for part in (60, 250):

@@ -143,13 +143,12 @@ def test_floor() -> None:
         assert own.floor_bytes == 4 * (2 * selected + NUMEL) + small
 
 
-def test_the_most_telling_comes_first() -> None:
-    """On a GPU, where a run may be stopped at any time; of a CPU the goals name every size."""
+def test_workloads() -> None:
+    """On a GPU the most telling comes first; on a CPU most have every size that the goals name."""
     on_gpu, on_cpu = (specs(torch.device(kind), quick=False) for kind in ("cuda", "cpu"))
     assert (len({*on_gpu}), len({*on_cpu})) == (len(on_gpu), len(on_cpu))
     first = "dense dense kernelbench drafter row_mask rpn dense rpn_graph dense_graph"
     assert " ".join(spec.name for spec in on_gpu[:9]) == first
-    assert {spec.numel for spec in on_gpu[:5]} == {2**26, 2**30}
     for case in ("dense", "broadcast", "row_mask", "element_mask", "no_weights", "none"):
         sizes = [spec.numel for spec in on_cpu if spec.case == case]
         assert sizes == [10_752, 86_184, 2**20, 2**22, 2**24]
