@@ -69,7 +69,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "divided on the device": {"reduction": "sum", "normalizer": torch.tensor(3)},
     "float16": {"see": lambda t: t.half()},
     "bfloat16": {"see": lambda t: t.bfloat16(), "reduction": "none"},
-    "mixed": {"see": lambda t: t if t.requires_grad else t.double()},
+    "mixed": {"see": lambda t: t if t.requires_grad else t.half()},
     "transposed": {"see": lambda t: t.t()},
     "transposed, elementwise": {"see": lambda t: t.t(), "reduction": "none"},
     "sliced": {"see": lambda t: t[:, ::2], "reduction": "none"},
