@@ -43,8 +43,8 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _is_own(*operands: Any, **options: Any) -> bool:
-    node: Any = smooth_l1_loss(*operands, **options).grad_fn
-    return bool(node.name() == "SmoothL1LossBackward0")
+    loss: Any = smooth_l1_loss(*operands, **options)
+    return bool(loss.grad_fn.name() == "SmoothL1LossBackward0")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
