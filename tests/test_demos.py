@@ -1,6 +1,7 @@
 """The demos: both formulas of each are one loss, and reported is what was trained."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 from torch.testing import assert_close
@@ -65,13 +66,15 @@ def test_a_training_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert report["largest_difference"] < 1e-4
 
 
-def test_curves() -> None:
+@pytest.mark.parametrize("gap", [0.5, 0.0])
+def test_curves(gap: float) -> None:
     """They have a loss of every fourth step, drawn pale, and its geometric mean on top."""
     losses = np.exp(np.random.default_rng(0).normal(size=1000))
-    other = losses + 0.5 * (np.arange(1000) == 1)  # at a step that is none of the points
+    other = losses + gap * (np.arange(1000) == 1)  # at a step that is none of the points
     found = curves.compared({FORMULAS[0]: losses.tolist(), FUSED: other.tolist()})
-    np.testing.assert_allclose(found["largest_difference"], 0.5)
-    figure, pair = plt.subplots(2)
+    np.testing.assert_allclose(found["largest_difference"], gap)
+    figure = Figure(layout="constrained")
+    pair = figure.subplots(2, sharex=True)
     machine = {"device": "CPU, 1 thread", "torch": "2"}
     curves.draw(pair, machine | found, "loss", {name: name for name in FORMULAS})
     pale, smoothed = (np.log(line.get_ydata()) for line in pair[0].get_lines()[:2])
@@ -79,7 +82,7 @@ def test_curves() -> None:
     for at, reach in ((0, 0), (1, 1), (100, REACH), (249, REACH)):
         np.testing.assert_allclose(smoothed[at], pale[at - reach : at + reach + 1].mean())
     assert f"geometric mean over {4 * (2 * REACH + 1)} steps" in pair[0].get_title()
-    plt.close(figure)
+    figure.savefig(BytesIO())
 
 
 def _of_images(*tensors: Tensor) -> list[list[Tensor]]:

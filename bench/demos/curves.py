@@ -77,7 +77,9 @@ def draw(pair: Sequence[Axes], plain: dict[str, Any], loss: str, labels: Mapping
     below.set_xlabel("step")
     below.set_title(f"largest of all steps {plain['largest_difference']:.2g}", fontsize=10)
     for axes in pair:
-        axes.set_yscale("log")
+        # (Where all distances are 0 there is nothing to scale.)
+        if axes is above or distance.any():
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
 
 
