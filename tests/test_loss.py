@@ -124,16 +124,21 @@ def test_tiny_sigma_is_zero(sigma: float) -> None:
         assert value.abs().max() < 1e-33
 
 
-NORMALIZERS = [int, float, Fraction, np.float32, *FLOATS, torch.int64, torch.int32]
+NORMALIZERS = [
+    *(7, 0.3, *(torch.tensor(7.5).to(dtype) for dtype in (*FLOATS, torch.int64, torch.int32))),
+    # The host never reads a tensor, so what it holds follows IEEE 754.
+    *(torch.tensor(number) for number in (0.0, math.nan, math.inf)),
+]
 
 
 @pytest.mark.parametrize("upstream", [1.0, -2.5])
-@pytest.mark.parametrize("kind", NORMALIZERS, ids=lambda kind: getattr(kind, "__name__", str(kind)))
-def test_normalizer(kind: Any, upstream: float) -> None:
-    """A number of any kind, or a tensor of any real dtype."""
-    normalizer: Any = kind(7) if callable(kind) else torch.tensor(7.5, dtype=kind, device=DEVICE)
-    operands = boxes(33, coin(33, 1), (4,), grad=2)
-    check(*operands, sigma=3.0, reduction="sum", normalizer=normalizer, upstream=upstream)
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
+def test_normalizer(normalizer: Any, upstream: float) -> None:
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(DEVICE)
+    for rows in (coin(33, 1), coin(33, 1, p=0.0)):
+        operands = boxes(33, rows, (4,), grad=2)
+        check(*operands, sigma=3.0, reduction="sum", normalizer=normalizer, upstream=upstream)
 
 
 @pytest.mark.parametrize("kind", [int, Fraction, np.float16, np.float32, np.int64])

@@ -9,17 +9,33 @@ backends.
 import itertools
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.func import jvp, vmap
+from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests import oracle
-from tests.support import assert_near, assert_same, backend_set, gaussian
+from tests.support import (
+    DEVICE,
+    assert_near,
+    assert_same,
+    backend_set,
+    boxes,
+    check,
+    float64,
+    on_both,
+    on_kernel,
+    results,
+)
+
+pytestmark = on_both
 
 NAN, INF = math.nan, math.inf
 TINY = 1e-45  # the smallest float32 above 0
@@ -53,234 +69,126 @@ TABLE = [
 ]
 
 
+def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE, requires_grad=True)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("x", "beta", "loss", "slope"), TABLE)
-def test_table(
-    x: float,
-    beta: float,
-    loss: float,
-    slope: float,
-    reduction: Reduction,
-    backend: str,
-    device: str,
-) -> None:
-    input = torch.tensor([x], device=device, requires_grad=True)
-    target = torch.zeros(1, device=device, requires_grad=True)
-    options: list[dict[str, Any]] = [{"beta": beta}]
-    if beta == 0:
-        options.append({"sigma": math.inf})
-    for option in options:
-        actual = smooth_l1_loss(input, target, reduction=reduction, **option)
-        grads = torch.autograd.grad(actual, [input, target], torch.ones_like(actual))
-        got = [actual.reshape(1), *grads]
-        for value, expected in zip(got, (loss, slope, -slope), strict=True):
-            torch.testing.assert_close(
-                value.detach().cpu(),
-                torch.tensor([expected]),
-                rtol=4 * torch.finfo(torch.float32).eps,
-                atol=0,
-                equal_nan=True,
-            )
+def test_table(x: float, beta: float, loss: float, slope: float, reduction: Reduction) -> None:
+    """In forward mode too, and in graphs, in which anomaly detection finds nothing."""
+    option: Any = {"sigma": INF} if beta == 0 and reduction == "sum" else {"beta": beta}
+    function: Any = partial(smooth_l1_loss, reduction=reduction, **option)
+    pair = tensor(x), tensor(0.0)
+    found = results(function, pair)
+    with torch.autograd.set_detect_anomaly(not math.isnan(x)):
+        found += torch.autograd.grad(function(*pair).sum(), pair, create_graph=True)
+    found += jvp(lambda x: function(x, pair[1]), pair[:1], (torch.ones_like(pair[0]),))
+    numbers = loss, slope, -slope, slope, -slope, loss, slope
+    expected = [torch.full_like(f, n) for f, n in zip(found, numbers, strict=True)]
+    rounding = 4 * torch.finfo(torch.float32).eps
+    assert_close(found, expected, rtol=rounding, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("option", [{"beta": 1e39}, {"sigma": 10**-19.5}])
-@pytest.mark.parametrize("how", ["plain", "composed"])
-def test_beta_beyond_float32(how: str, option: dict[str, Any], backend: str, device: str) -> None:
+@pytest.mark.parametrize("option", [{"beta": 1e39}, {"sigma": 10**-19.5}], ids=str)
+@pytest.mark.parametrize("context", [nullcontext, forward_ad.dual_level])
+def test_beta_beyond_float32(context: Any, option: dict[str, Any]) -> None:
     """No float32 is that large, so the loss is quadratic, and linear at inf alone."""
-    input = torch.tensor([1e38, -3e38, 1e30, 0.0, INF], device=device, requires_grad=True)
-    target = torch.zeros_like(input)
-    with forward_ad.dual_level() if how == "composed" else nullcontext():
-        loss = smooth_l1_loss(input, target, reduction="none", **option)
-        (gradient,) = torch.autograd.grad(loss.sum(), input)
-    expected = oracle.smooth_l1(input, target, beta=1e39, reduction="none")
-    # 1 / beta is no normal float32, and has 20 bits.
-    torch.testing.assert_close(
-        loss[:4].cpu().double(), torch.from_numpy(expected.loss)[:4], rtol=1e-6, atol=0
-    )
-    torch.testing.assert_close(
-        gradient.cpu().double(), torch.from_numpy(expected.input), rtol=1e-6, atol=0
-    )
-    assert loss[4] == INF
+    pair = tensor(1e38, -3e38, 1e30, 0.0, INF), torch.zeros(5, device=DEVICE)
+    with context():
+        found = results(smooth_l1_loss, pair, reduction="none", **option)
+    expected = oracle.smooth_l1(*pair, beta=1e39, reduction="none")
+    for value, exact in zip(found, (expected.loss, expected.input), strict=True):
+        # 1 / beta is no normal float32, and has 20 bits.
+        assert_close(float64(value), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("rows", [0, 3])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"outside_weights": 1e39},
-        {"outside_weights": -1e300},
-        {"outside_weights": 1e39, "reduction": "none"},
-        {"normalizer": 1e300, "reduction": "sum"},
-        {"outside_weights": NAN},
-    ],
-    ids=str,
-)
-def test_numbers_beyond_float32(
-    options: dict[str, Any], rows: int, backend: str, device: str
-) -> None:
-    """They are infinite in every context, and divide to 0; NaN stays NaN."""
-    input = gaussian(rows, 4, seed=1, device=device)
-    target = gaussian(rows, 4, seed=2, device=device)
-    plain = smooth_l1_loss(input, target, **options)
-    torch._dynamo.reset()
-    compiled = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)
-    assert_same("loss", compiled(input, target, **options), plain)
-    torch._dynamo.reset()
-    batched = torch.func.vmap(lambda x: smooth_l1_loss(x, target, **options))
-    assert_same("loss", batched(input[None])[0], plain)
-
-
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_tangents(beta: float, backend: str, device: str) -> None:
-    """In forward mode the slope is the same, also where the loss is infinite."""
-    x = torch.tensor([INF, -INF, 3.0, -3.0, 0.0, NAN], device=device)
-    target, tangent = torch.zeros_like(x), torch.ones_like(x)
-    found: Any = torch.func.jvp(
-        lambda x: smooth_l1_loss(x, target, beta=beta, reduction="none"), (x,), (tangent,)
-    )
-    assert_same("tangent", found[1], torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, NAN]).to(device))
-
-
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_anomaly_detection_finds_none(beta: float, backend: str, device: str) -> None:
-    """Also in what a derivative computes and then leaves out."""
-    x = torch.tensor([INF, 3.0, -3.0, 0.0], device=device, requires_grad=True)
-    with torch.autograd.detect_anomaly(check_nan=True):
-        loss = smooth_l1_loss(x, torch.zeros_like(x), beta=beta, reduction="none").sum()
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    assert gradient.isfinite().all()
-
-
-VALUES = [NAN, INF, -INF, 0.0, -0.0, TINY, -TINY, 0.5, -0.5, 1.0, -1.0, 2.0, -3.0, HUGE, -HUGE]
-WEIGHTS = [None, NAN, INF, -INF, 0.0, -0.0, TINY, 0.5, 1.0, -2.0, HUGE]
-MASKS = [True, False]
-BETAS: list[dict[str, float]] = [
-    {"beta": 0.0},
-    {"sigma": math.inf},
-    {"beta": 0.5},
-    {"beta": 1.0},
-    {"sigma": 3.0},
+BEYOND: list[dict[str, Any]] = [
+    *({"outside_weights": number} for number in (1e39, -1e300, NAN)),
+    {"outside_weights": 1e39, "reduction": "none"},
+    {"normalizer": 1e300, "reduction": "sum"},
 ]
 
 
-def _products(device: str) -> tuple[Tensor, Tensor]:
-    pairs = list(itertools.product(VALUES, VALUES))
-    input = torch.tensor([p[0] for p in pairs], device=device, requires_grad=True)
-    target = torch.tensor([p[1] for p in pairs], device=device, requires_grad=True)
-    return input, target
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("options", BEYOND, ids=str)
+def test_numbers_beyond_float32(options: dict[str, Any], rows: int) -> None:
+    """They are infinite in every context, and divide to 0; NaN stays NaN."""
+    input, target = boxes(rows, grad=0)
+    plain = smooth_l1_loss(input, target, **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)
+    batched = vmap(lambda x: smooth_l1_loss(x, target, **options))
+    assert_same("compiled", compiled(input, target, **options), plain)
+    assert_same("batched", batched(input[None])[0], plain)
 
 
-def _evaluate(
-    input: Tensor, target: Tensor, weights: tuple[Any, Any], options: dict[str, Any]
-) -> dict[str, Tensor]:
-    loss = smooth_l1_loss(input, target, *weights, reduction="none", **options)
-    grad_input, grad_target = torch.autograd.grad(loss, [input, target], torch.ones_like(loss))
-    total = smooth_l1_loss(input, target, *weights, reduction="sum", **options)
-    sum_input, sum_target = torch.autograd.grad(total, [input, target])
-    assert_same("gradient of sum and none", sum_input, grad_input)
-    assert_same("gradient of sum and none", sum_target, grad_target)
-    return {"loss": loss.detach(), "input": grad_input, "target": grad_target}
+VALUES = [NAN, INF, -INF, 0.0, -0.0, TINY, -TINY, 0.5, -0.5, 1.0, -1.0, 2.0, -3.0, HUGE, -HUGE]
+WEIGHTS = [None, NAN, INF, -INF, 0.0, -0.0, TINY, 0.5, 1.0, -2.0, HUGE, True, False]
+OPTIONS = [{"beta": 0.0}, {"sigma": INF}, {"beta": 0.5}, {"beta": 1.0}, {"sigma": 3.0}]
 
 
-def _as_weights(value: float | bool | None, device: str) -> Any:
-    return None if value is None else torch.tensor(value, device=device)
+def products(
+    inside: Any, outside: Any = None, dtype: torch.dtype = torch.float32, **option: Any
+) -> tuple[list[Any], list[Tensor]]:
+    """Return operands, every pair of VALUES, and the loss of each with its gradients."""
+    pairs = zip(*itertools.product(VALUES, VALUES), strict=True)
+    operands: list[Any] = [tensor(*own, dtype=dtype) for own in pairs]
+    for weight in (inside, outside):
+        kind = torch.bool if isinstance(weight, bool) else dtype
+        operands += [None if weight is None else torch.tensor(weight, dtype=kind, device=DEVICE)]
+    found = results(smooth_l1_loss, operands, reduction="none", **option)
+    of_sum = results(smooth_l1_loss, operands, reduction="sum", **option)
+    for one, other in zip(of_sum[1:], found[1:], strict=True):
+        assert_same("gradient of sum and none", one, other)
+    return operands, found
 
 
-@pytest.mark.parametrize("options", BETAS, ids=str)
-@pytest.mark.parametrize("inside", [*WEIGHTS, *MASKS], ids=str)
-def test_products(
-    inside: float | bool | None, options: dict[str, float], device: str, triton_backend: str
-) -> None:
-    """225 pairs times every weight on either side, on both backends and in the oracle."""
-    input, target = _products(device)
-    for outside in (*WEIGHTS, *MASKS):
-        weights = (_as_weights(inside, device), _as_weights(outside, device))
-        what = f"inside {inside}, outside {outside}, {options}"
-        with backend_set("eager"):
-            eager = _evaluate(input, target, weights, options)
-        if inside in (None, 0.5, NAN, INF, 0.0, False) or outside is None:
-            with backend_set("triton"):
-                kernel = _evaluate(input, target, weights, options)
-            for name, value in eager.items():
-                assert_same(f"{name} with {what}", kernel[name], value)
-        _compare(eager, input, target, weights, options, what)
+@on_kernel
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("inside", WEIGHTS, ids=str)
+def test_products(inside: float | None, option: dict[str, Any]) -> None:
+    """225 pairs times every weight on either side, on both backends and in the oracle.
 
-
-def _compare(
-    actual: dict[str, Tensor],
-    input: Tensor,
-    target: Tensor,
-    weights: tuple[Any, Any],
-    options: dict[str, float],
-    what: str,
-) -> None:
-    """Compare with the oracle where float32 does not leave its range on the way.
-
-    In float64 HUGE - (-HUGE) is a number; in float32 it is inf, and so is HUGE times 2.
-    The two agree on everything else, so those places alone are left to the other backend.
+    The oracle has the range of float64: HUGE - (-HUGE) is a number there, and so is 2 * HUGE. So
+    those places alone are left to the other backend.
     """
-    beta = 0.0 if options.get("sigma") == math.inf else options.get("beta", 1 / 9)
-    expected = oracle.smooth_l1(input, target, *weights, beta=beta, reduction="none")
-    numbers = [input, target, *(w for w in weights if w is not None and w.dtype != torch.bool)]
-    extreme = torch.zeros_like(input, dtype=torch.bool)
-    for number in numbers:
-        size = number.detach().abs()
-        extreme |= (size == HUGE) | ((size > 0) & (size < 1e-37))
-    plain = ~extreme.cpu().numpy()
-    for name, value in actual.items():
-        reference = getattr(expected, name)
-        assert_near(
-            f"{name} with {what}",
-            value[~extreme],
-            reference[plain],
-            computed_in=torch.float32,
-        )
+    for outside in WEIGHTS:
+        what = f"inside {inside}, outside {outside}, {option}"
+        with backend_set("eager"):
+            operands, eager = products(inside, outside, **option)
+        _, kernel = products(inside, outside, **option)
+        for one, other in zip(kernel, eager, strict=True):
+            assert_same(what, one, other)
+        expected = oracle.smooth_l1(*operands, **option, reduction="none")
+        ordinary = torch.ones_like(operands[0], dtype=torch.bool)
+        for operand in operands:
+            if operand is not None:
+                size = operand.detach().float().abs()
+                ordinary &= (size != HUGE) & ~((size > 0) & (size < 1e-37))
+        for value, exact in zip(
+            eager, (expected.loss, expected.input, expected.target), strict=True
+        ):
+            assert_near(what, value[ordinary], exact[ordinary.cpu()], computed_in=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@on_kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_other_dtypes_agree(
-    beta: float, dtype: torch.dtype, device: str, triton_backend: str
-) -> None:
+def test_other_dtypes_agree(beta: float, dtype: torch.dtype) -> None:
     """The same special values, stored in the other dtypes (HUGE is inf in float16)."""
-    results = []
-    for name in ("eager", "triton"):
-        with backend_set(name):
-            input, target = (t.detach().to(dtype).requires_grad_() for t in _products(device))
-            weights = torch.tensor(-2.0, dtype=dtype, device=device)
-            results.append(_evaluate(input, target, (weights, None), {"beta": beta}))
-    for name, value in results[0].items():
-        assert_same(name, results[1][name], value)
+    _, kernel = products(-2.0, dtype=dtype, beta=beta)
+    with backend_set("eager"):
+        _, eager = products(-2.0, dtype=dtype, beta=beta)
+    for one, other in zip(kernel, eager, strict=True):
+        assert_same("kernel and eager", one, other)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_one_bad_element_reaches_the_sum(
-    bad: float, reduction: Reduction, backend: str, device: str
-) -> None:
+def test_one_bad_element_reaches_the_sum(bad: float, reduction: Reduction) -> None:
     """A reduction neither swallows a NaN nor spreads it to other elements' gradients."""
     for position in (0, 4097):
-        input = torch.full((4098,), 0.5, device=device)
-        input[position] = bad
-        input.requires_grad_()
-        loss = smooth_l1_loss(input, torch.zeros_like(input), reduction=reduction)
-        assert loss.isnan() if math.isnan(bad) else loss == INF
-        (gradient,) = torch.autograd.grad(loss, input)
-        others = torch.arange(4098, device=device) != position
-        assert gradient[others].isfinite().all()
-        assert gradient[position].isnan() == math.isnan(bad)
-
-
-@pytest.mark.parametrize(("normalizer", "expected"), [(0.0, INF), (NAN, NAN), (INF, 0.0)])
-def test_bad_normalizer_on_the_device(
-    normalizer: float, expected: float, backend: str, device: str
-) -> None:
-    """The host never reads the tensor, so what it holds follows IEEE 754."""
-    input = torch.tensor([2.0, 1.0], device=device, requires_grad=True)
-    divisor = torch.tensor(normalizer, device=device)
-    loss = smooth_l1_loss(input, torch.zeros_like(input), reduction="sum", normalizer=divisor)
-    (gradient,) = torch.autograd.grad(loss, input)
-    for value in (loss, *gradient):
-        torch.testing.assert_close(value.item(), expected, equal_nan=True)
-    of_nothing = smooth_l1_loss(input, input.detach(), reduction="sum", normalizer=divisor)
-    assert of_nothing.isnan() == (normalizer != INF)
+        input, target = boxes((4098,))
+        input.data[position] = bad
+        check(input, target, reduction=reduction)
