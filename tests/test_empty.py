@@ -35,12 +35,12 @@ def test_weights_of_an_empty_input(shape: Shape, reduction: Reduction) -> None:
     for grad in ([True] * 4, [False] * 3 + [True]):
         operands = boxes(0, shape, shape, grad=grad)
         check(*operands, reduction=reduction, upstream=2.0)
-        loss = smooth_l1_loss(*operands, reduction=reduction)
         learned = [t for t in operands if t.requires_grad]
-        first = torch.autograd.grad(loss.sum(), learned, create_graph=True)
-        total = loss.sum() + sum(g.square().sum() for g in first)
-        for second in torch.autograd.grad(total, learned):
-            assert (second == 0).all()
+        loss = smooth_l1_loss(*operands, reduction=reduction).sum()
+        first = torch.autograd.grad(loss, learned, create_graph=True)
+        total: Any = sum(g.square().sum() for g in (loss, *first))
+        second = torch.autograd.grad(total, learned)
+        assert all((gradient == 0).all() for gradient in second)
     mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
     check(*boxes(0, mask, mask.to(torch.uint8)), reduction=reduction)
 

@@ -6,21 +6,20 @@ and stride-0 expansions. Every operand has the shape (4, 3, 6, 8), in which no p
 sizes looks like another. (Hypothesis draws others, in test_properties.py.)
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.functional import Reduction
-from tests.support import DEVICE, HAS_GPU, NAMES, Shape, check, coin, on_both, on_kernel, values
+from tests.support import DEVICE, HAS_GPU, NAMES, boxes, check, on_both, on_kernel, results, values
+
+pytestmark = on_both
 
 SHAPE = (4, 3, 6, 8)
 # What lies in memory, and what is seen of it.
-LAYOUTS: dict[str, tuple[Shape, Callable[[Tensor], Tensor]]] = {
+LAYOUTS: dict[str, Any] = {
     "contiguous": (SHAPE, lambda t: t),
     "channels_last": ((4, 6, 8, 3), lambda t: t.permute(0, 3, 1, 2)),
     "columns": ((4, 3, 6, 13), lambda t: t[..., 2:10]),
@@ -36,50 +35,25 @@ LAYOUTS: dict[str, tuple[Shape, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def laid_out(layout: str) -> Tensor:
-    sizes, view = LAYOUTS[layout]
-    return view(values(*sizes))
-
-
-@on_both
 @pytest.mark.parametrize("alone", [*NAMES[:4], None])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_operands(layout: str, alone: str | None) -> None:
-    """One or all of them; the results follow the input, whoever's gradient it is."""
-    tensors = [laid_out(layout if alone in (name, None) else "contiguous") for name in NAMES[:4]]
-    input, target, inside, outside = tensors
-    check(input, target, inside > 0, (outside > 0).to(torch.uint8), reduction="sum")
-    for reduction in ("none", "sum"):
-        for trained in ((0, 1), (NAMES.index(alone or "target"),), (0, 1, 2, 3)):
-            operands = [t.detach().requires_grad_(i in trained) for i, t in enumerate(tensors)]
-            found = check(*operands, beta=0.5, reduction=reduction, upstream=1.5)
-        if reduction == "none":
-            assert found["loss"].stride() == torch.empty_like(input).stride()
+def test_layouts(layout: str, alone: str | None) -> None:
+    """Of one operand or of all; the results follow the input, whoever's gradient it is."""
+    chosen = [LAYOUTS[layout if alone in (name, None) else "contiguous"] for name in NAMES[:4]]
+    tensors = [view(values(*sizes)) for sizes, view in chosen]
+    for trained in ([0, 1, 2, 3], [0, 1], [0], [1], [2], [3]):
+        operands = [t.detach().requires_grad_(i in trained) for i, t in enumerate(tensors)]
+        reduction = "none" if len(trained) == 4 else "sum"
+        found = check(*operands, beta=0.5, reduction=reduction, upstream=1.5)
+        assert found["loss"].stride() in (torch.empty_like(tensors[0]).stride(), ())
+    masks = tensors[2] > 0, (tensors[3] > 0).to(torch.uint8)
+    check(tensors[0].requires_grad_(), tensors[1], *masks, reduction="sum")
 
 
-@on_both
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_broadcast_weights_and_upstream_gradients(layout: str) -> None:
-    """What comes from above may lie in any order too."""
-    for weight in ((1, 3, 1, 1), (4, 1, 1, 1), (4, 1, 6, 8), (8,), (6, 1)):
-        operands = [laid_out(layout).requires_grad_(), laid_out(layout).requires_grad_()]
-        check(*operands, values(*weight), coin(*weight), reduction="sum")
-    for own in (layout, "contiguous"):
-        pair = laid_out(own).requires_grad_(), laid_out("contiguous")
-        check(*pair, beta=0.5, reduction="none", upstream=laid_out(layout))
-
-
-@on_both
-@pytest.mark.parametrize("order", [(0, 4, 1, 2, 3), (6, 4, 2, 0, 5, 3, 1)], ids=str)
-def test_many_dimensions(order: Shape) -> None:
-    """channels_last_3d, and more dimensions than PyTorch has a name for."""
-    input = values(*(4, 3, 3, 3, 2, 2, 2)[: len(order)]).permute(order).requires_grad_()
-    target = values(*input.shape, grad=True)
-    odd, even = (
-        values(*(1 if axis % 2 == rest else n for axis, n in enumerate(input.shape)))
-        for rest in (0, 1)
-    )
-    check(input, target, odd, even, reduction="batchmean")
+def test_seven_dimensions() -> None:
+    input = values(2, 3, 2, 3, 2, 3, 4).permute(6, 4, 2, 0, 5, 3, 1).requires_grad_()
+    weights = values(2, 1, 2, 1, 3, 1), values(1, 2, 1, 3, 1, 3)
+    check(input, values(*input.shape, grad=True), *weights)
 
 
 # Sizes and strides of which the furthest element lies 2³¹ elements in: by the product of index
@@ -87,24 +61,19 @@ def test_many_dimensions(order: Shape) -> None:
 FAR = [((3, 4), (2**30, 1)), ((2, 4), (2**31, 1)), ((2, 2, 4), (2**30, 2**30 + 8, 1))]
 
 
-@on_both
 @pytest.mark.parametrize("operand", range(4), ids=NAMES[:4])
 @pytest.mark.parametrize(("shape", "strides"), FAR, ids=str)
 def test_offsets_beyond_32_bits(
-    shape: Shape, strides: Shape, operand: int, tmp_path: Path, unpoisoned: None
+    shape: Any, strides: Any, operand: int, tmp_path: Path, unpoisoned: None
 ) -> None:
     """A view of few elements over a storage of 8 GiB: a sparse file, of which few pages exist."""
-    size = 2**31 + 64
-    if HAS_GPU:
-        storage = torch.empty(size, device=DEVICE)
-    else:
-        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size)
+    size, file = 2**31 + 64, str(tmp_path / "sparse")
+    storage = torch.empty(size, device=DEVICE) if HAS_GPU else torch.from_file(file, True, size)
     operands = [values(*shape) for _ in range(4)]
     operands[operand] = storage.as_strided(shape, strides).copy_(operands[operand])
-    for trained in operands[:2]:
-        trained.requires_grad_()
     for reduction in ("none", "sum"):
-        check(*operands, beta=0.5, reduction=reduction, upstream=1.5)
+        trained = [t.detach().requires_grad_(i < 2) for i, t in enumerate(operands)]
+        check(*trained, beta=0.5, reduction=reduction, upstream=1.5)
 
 
 @on_kernel
@@ -112,38 +81,28 @@ def test_offsets_beyond_32_bits(
     not HAS_GPU or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30,
     reason="waits for a GPU with 40 GiB: 2**31 elements and their gradient",
 )
-def test_more_than_2_31_elements(unpoisoned: None) -> None:
+@pytest.mark.parametrize("kind", ["none", "sum", "masked"])
+def test_more_than_2_31_elements(kind: str, unpoisoned: None) -> None:
     """The loss, its gradient, and what makes it another one for another upstream gradient."""
-    for kind in ("none", "sum", "masked"):  # One after the other: each fills a large GPU's half.
-        _check_more_than_2_31_elements(kind)
-
-
-def _check_more_than_2_31_elements(kind: str) -> None:
-    n = 2**31 + 4099
-    places = [n - 1, 2**31 - 1]
+    n, places = 2**31 + 4099, [2**31 + 4098, 2**31 - 1]
     input = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
-    input[places] = torch.tensor([3.0, 0.5], dtype=torch.bfloat16, device=DEVICE)
-    mask = input != 0 if kind == "masked" else None
-    target = torch.zeros((), dtype=torch.bfloat16, device=DEVICE).expand(n)
-    reduction: Reduction = "none" if kind == "none" else "sum"
-    loss = smooth_l1_loss(input.requires_grad_(), target, mask, reduction=reduction)
-    assert loss.detach().sum(dtype=torch.float32).item() == 2.5 + 0.125
-    loss.backward(torch.full((), 2.0, dtype=loss.dtype, device=DEVICE).expand_as(loss))
-    assert input.grad is not None
-    assert input.grad[places].tolist() == [2.0, 1.0]
-    assert input.grad.count_nonzero().item() == len(places)
+    input[places] = torch.tensor([3.0, 0.5]).to(input)
+    target, mask = torch.zeros_like(input[:1]).expand(n), input != 0 if kind == "masked" else None
+    dtype, shape = (torch.bfloat16, (n,)) if kind == "none" else (torch.float32, ())
+    upstream = torch.tensor(2.0, dtype=dtype, device=DEVICE).expand(shape)
+    reduction = "none" if kind == "none" else "sum"
+    operands = [input.requires_grad_(), target, mask]
+    loss, gradient = results(smooth_l1_loss, operands, upstream, reduction=reduction)
+    assert loss.sum(dtype=torch.float32) == 2.5 + 0.125
+    assert gradient[places].tolist() == [2.0, 1.0]
+    assert gradient.count_nonzero() == 2
 
 
-@on_both
-@pytest.mark.parametrize("name", [*NAMES[:4], "normalizer"])
-def test_negated_view(name: str) -> None:
-    """The imaginary part of a conjugate holds the negatives of its values in memory."""
-    shapes = {"input": (5, 4), "target": (5, 4), "inside_weights": (5, 1), "outside_weights": (4,)}
-    operands: dict[str, Any] = {own: values(*size) for own, size in shapes.items()}
-    operands["normalizer"] = torch.tensor(3.0, device=DEVICE)
-    hidden = torch.complex(operands[name], -operands[name]).conj().imag
-    assert hidden.is_neg()
-    operands[name] = hidden
-    for own in shapes:
-        operands[own].requires_grad_()
-    check(**operands, reduction="sum", upstream=2.0)
+@pytest.mark.parametrize("position", range(5), ids=[*NAMES[:4], "normalizer"])
+def test_negated_view(position: int) -> None:
+    """As is the imaginary part of a conjugate: memory holds the negatives of its values."""
+    operands = [*boxes(5, (5, 1), (4,)), torch.tensor(3.0, device=DEVICE)]
+    operands[position] = torch._neg_view(-operands[position].detach())
+    *operands, normalizer = operands
+    trained = [t.detach().requires_grad_() for t in operands]
+    check(*trained, reduction="sum", normalizer=normalizer, upstream=2.0)
