@@ -18,7 +18,6 @@ from torch.func import jvp, vmap
 from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.functional import Reduction
 from tests import oracle
 from tests.support import DEVICE, assert_same, backend_set, check, on_both, on_kernel, results
 
@@ -56,7 +55,7 @@ def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("row", TABLE, ids=str)
-def test_table(row: tuple[float, float, float, float], reduction: Reduction, sign: float) -> None:
+def test_table(row: tuple[float, ...], reduction: Any, sign: float) -> None:
     """In forward mode too, and in graphs, in which anomaly detection finds nothing."""
     x, beta, loss, slope = row
     option: Any = {"sigma": INF} if beta == 0 and sign < 0 else {"beta": beta}
