@@ -1,7 +1,7 @@
-"""Every dtype and every mix: dtypes of results, accumulation, and gradients that do not underflow.
+"""Dtypes of results, accumulation, and gradients that do not underflow.
 
 The arithmetic is float32, or float64 where an operand is float64, whatever is stored. The bounds
-of `check` ask for just that: a result in 16 bits may be off by its one rounding.
+of `check` ask for just that. (Every mix of dtypes is drawn in test_properties.py.)
 """
 
 from typing import Any
@@ -10,30 +10,11 @@ import pytest
 import torch
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import DEVICE, FLOATS, HAS_GPU, MASKS, check, on_both, results, values
+from tests.support import DEVICE, HAS_GPU, check, on_both, results, values
 
 pytestmark = on_both
 
 HALVES = (torch.float16, torch.bfloat16)
-REAL = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, *MASKS)
-
-
-@pytest.mark.parametrize("input", FLOATS, ids=str)
-@pytest.mark.parametrize("target", FLOATS, ids=str)
-@pytest.mark.parametrize("weight", REAL, ids=str)
-def test_every_mix(weight: torch.dtype, target: torch.dtype, input: torch.dtype) -> None:
-    """Normalizers, be they float64, do not promote the loss."""
-    pair = [values(13, 9, dtype=dtype, grad=True) for dtype in (input, target)]
-    normalizer = torch.tensor(2.0, dtype=torch.float64, device=DEVICE)
-    for others in ((weight, torch.float32), (torch.bfloat16, weight)):
-        # Small integers, which every dtype holds.
-        drawn = values(13, 1, scale=2.0), values(13, 9, scale=2.0)
-        weights: Any = [t.round().abs().to(own) for t, own in zip(drawn, others, strict=True)]
-        for one in weights:
-            one.requires_grad_(one.is_floating_point())
-        check(*pair, *weights, reduction="none", upstream=1.5)
-        check(*pair, *weights, reduction="sum", normalizer=normalizer)
-
 
 # The dtypes of operands, of their losses, and of a reduced loss.
 PROMOTION = [
@@ -54,12 +35,15 @@ PROMOTION = [
 @pytest.mark.parametrize("shape", [(3, 4), ()], ids=["tensor", "0d"])
 @pytest.mark.parametrize(("dtypes", "none", "reduced"), PROMOTION)
 def test_promotion(dtypes: str, none: str, reduced: str, shape: tuple[int, ...]) -> None:
-    """By dtype alone: a 0-d weight counts like any other, integers and masks never do."""
-    shapes = (3, 4), (3, 4), shape, shape
-    kinds = [getattr(torch, name) for name in dtypes.split()]
-    tensors = [torch.ones(s, dtype=d, device=DEVICE) for s, d in zip(shapes, kinds, strict=False)]
-    assert smooth_l1_loss(*tensors, reduction="none").dtype == getattr(torch, none)
-    assert smooth_l1_loss(*tensors, reduction="mean").dtype == getattr(torch, reduced)
+    """By dtype alone: 0-d weights count like others; integers, masks and normalizers never do."""
+    operands, sizes = [], ((3, 4), (3, 4), shape, shape)
+    for size, name in zip(sizes, dtypes.split(), strict=False):
+        operand = values(*size, scale=2.0).round().abs().to(getattr(torch, name))
+        operands.append(operand.requires_grad_(operand.is_floating_point()))
+    two = torch.tensor(2.0, dtype=torch.float64, device=DEVICE)
+    for reduction, normalizer, expected in (("none", None, none), ("sum", two, reduced)):
+        found = check(*operands, reduction=reduction, normalizer=normalizer, upstream=1.5)
+        assert found["loss"].dtype == getattr(torch, expected)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -106,6 +90,5 @@ def test_float64_is_rounded_to_16_bits_by_float32(dtype: torch.dtype) -> None:
     above = 1 + torch.finfo(dtype).eps / 2 + 2.0**-40
     weight = torch.tensor([above], dtype=torch.float64, device=DEVICE)
     input = torch.full((1,), 9.0, dtype=dtype, device=DEVICE, requires_grad=True)
-    operands = input, torch.zeros_like(input), None, weight
-    _, gradient = results(smooth_l1_loss, operands, reduction="sum")
+    _, gradient = results(smooth_l1_loss, [input, torch.zeros_like(input), None, weight])
     assert gradient == weight.to(dtype)

@@ -1,4 +1,4 @@
-"""Empty inputs give 0 that is connected to the graph; inputs without dimensions are ordinary.
+"""Empty inputs give 0 that is connected to the graph.
 
 PyTorch's `mean` of nothing is NaN, and one image without positives then kills the training step.
 """
@@ -49,12 +49,3 @@ def test_normalizer_of_an_empty_input(count: float) -> None:
     normalizer = torch.tensor(count, device=DEVICE)
     loss, _ = results(smooth_l1_loss, boxes(0), reduction="sum", normalizer=normalizer)
     assert loss == 0
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weight", [None, -1.5, (), torch.tensor(7).byte(), torch.tensor(False)])
-def test_input_without_dimensions(weight: Any, reduction: Any) -> None:
-    """A number as a tensor; `batchmean` has no batch to divide by, so it divides by 1."""
-    weight = weight.to(DEVICE) if isinstance(weight, torch.Tensor) else weight
-    operands = boxes((), None, weight, grad=4)
-    check(*operands, sigma=0.7, reduction=reduction, upstream=1.5)

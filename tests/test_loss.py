@@ -1,6 +1,7 @@
 """The loss and the gradients of input and target equal the oracle's.
 
 The shapes, and what each is for:
+- (): a number; `batchmean` has no batch to divide by, so it divides by 1;
 - (10, 5, 1, 1): the Caffe layer's own test;
 - (1, 36, 38, 63): the regression targets of an RPN on a 600x1000 image, many thread blocks;
 - (128, 84): the regression targets of a detection head, 21 classes of 4 coordinates;
@@ -21,7 +22,7 @@ from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, boxes, call, check,
 
 pytestmark = on_both
 
-SHAPES = [(10, 5, 1, 1), *((size,) for size in (1, 3, 127, 1023, 1025, 4099, 8193))]
+SHAPES = [(), (10, 5, 1, 1), *((size,) for size in (1, 3, 127, 1023, 1025, 4099, 8193))]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -57,37 +58,20 @@ def test_head(reduction: str) -> None:
     check(*operands, sigma=1.0, reduction=reduction)
 
 
-WEIGHTS: list[Any] = [None, (), (1, 1, 1), (4, 1, 1), (4, 1, 5), (3, 1), (5,), (4, 3, 5)]
-
-
-@pytest.mark.parametrize("outside", [*WEIGHTS, 3, -0.4, 0], ids=str)
-def test_weights(outside: Any) -> None:
-    """Each that broadcasts alone, and beside each other; no two sizes could be swapped."""
-    for inside in WEIGHTS:
-        for reduction in ("none", "batchmean"):
-            operands = boxes((4, 3, 5), inside, outside, grad=2)
-            check(*operands, sigma=1.3, reduction=reduction, upstream=1.9)
-
-
 TRANSITIONS: list[dict[str, Any]] = [
     *({"beta": beta} for beta in (0.0, 1e-6, 1 / 9, 0.7, 1.0, 30.0, 1e6)),
     *({"sigma": sigma} for sigma in (0.5, 1.0, 3.0, math.inf, 1e12, 1e20, 1e25, 1e200)),
+    *({"sigma": sigma} for sigma in (1e-18, 1e-25, 1e-200)),
 ]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("option", TRANSITIONS, ids=str)
 def test_transition(option: dict[str, Any], reduction: str) -> None:
-    """To L1, whose gradient is sign(x), 0 at 0; 1 / sigma² may be subnormal, or no number."""
-    operands = boxes((2, 65), (2, 1), grad=2)
+    """From 0 to L1, whose gradient is sign(x), 0 at 0; 1 / sigma² may leave float64's range."""
+    operands = boxes((2, 65), (2, 1), grad=2, scale=0.3)
     operands[0].data[0, ::5] = operands[1].data[0, ::5]
     check(*operands, **option, reduction=reduction)
-
-
-@pytest.mark.parametrize("sigma", [1e-18, 1e-25, 1e-200])
-def test_tiny_sigma_is_zero(sigma: float) -> None:
-    """1 / sigma² may be too large for float32 or even for float64."""
-    check(*boxes(10, scale=0.1), sigma=sigma, reduction="sum")
 
 
 @pytest.mark.parametrize("upstream", [1.0, -2.5])

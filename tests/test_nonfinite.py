@@ -25,8 +25,7 @@ pytestmark = on_both
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-TINY = 1e-45  # the smallest float32 above 0
-HUGE = 3.0e38
+TINY, HUGE = 1e-45, 3.0e38  # the smallest float32 above 0, and almost the largest
 
 # x = input - target, beta, loss, gradient of input (all for weights of 1); -x has the negative one.
 TABLE = [
@@ -126,13 +125,11 @@ def test_products(inside: float | None, dtype: torch.dtype, option: dict[str, An
     """
     triples = zip(*itertools.product(VALUES, VALUES, FACTORS), strict=True)
     input, target, factors = (tensor(*own, dtype=dtype) for own in triples)
-    outside, first = factors.detach(), None
+    full, first = factors.detach(), None
     if inside is not None:
         kind = torch.bool if isinstance(inside, bool) else dtype
         first = torch.tensor(inside, dtype=kind, device=DEVICE).expand_as(input)
-    for second, reduction in zip(
-        (None, outside > 0, outside, outside), 2 * ("none", "sum"), strict=True
-    ):
+    for second, reduction in ((None, "none"), (full > 0, "sum"), (full, "none"), (full, "sum")):
         operands: list[Any] = [input, target, first, second]
         kernel = results(smooth_l1_loss, operands, reduction=reduction, **option)
         with backend_set("eager"):
