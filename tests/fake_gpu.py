@@ -18,14 +18,18 @@ MULTIPROCESSORS = 10
 
 
 class Launch(NamedTuple):
-    """A launch that was asked for."""
+    """A launch that was asked for, with the device and the stream that were current."""
 
     programs: int
     arguments: dict[str, Any]
     options: dict[str, Any]
     device: int
-    """The current one."""
     stream: int
+
+    @property
+    def workspace(self) -> tuple[int, int]:
+        """Which partial sums and which ticket it was given."""
+        return id(self.arguments["partials_ptr"]), id(self.arguments["ticket_ptr"])
 
 
 class FakeGpu(threading.local):
@@ -34,8 +38,7 @@ class FakeGpu(threading.local):
     The stream is a number, the same on all devices.
     """
 
-    current = 0
-    stream = 0
+    current = stream = 0
     capturing = False
 
     def __init__(self, launches: list[Launch], entered: list[int]) -> None:
@@ -65,10 +68,9 @@ class FakeGpu(threading.local):
     def get_device_properties(self, device: torch.device) -> Any:
         return SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
 
-    def launch(
-        self, code: Any, programs: int, stream: int, tensors: Any, addresses: Any, others: Any
-    ) -> None:
+    def launch(self, code: Any, programs: int, stream: int, *arguments: Any) -> None:
         """Stand in for the launch of a kernel."""
+        tensors, _, others = arguments
         named = dict(zip(code.kernel.arg_names, (*code.grouped(tensors), *others), strict=True))
         self.launches.append(Launch(programs, named, code.options, self.current, stream))
 
@@ -78,29 +80,31 @@ def fake_gpu(warp_size: int = 32) -> Iterator[FakeGpu]:
     """Let the launcher see as many GPUs as it asks for, and make all new tensors fake ones."""
     from fused_smoothl1 import launch, launcher
 
-    module, mode = FakeGpu([], []), fake_tensor.FakeTensorMode()
+    gpu, mode = FakeGpu([], []), fake_tensor.FakeTensorMode()
     new_workspace = launch._new_workspace
 
     def new_fake_workspace(device: torch.device, programs: int) -> launch.Workspace:
         with mode:  # Also in the thread that has been started for it.
             return new_workspace(device, programs)
 
+    def forget() -> None:
+        for function in (launcher.gpu_of, launch._scalar, launch._kept_workspace):
+            function.cache_clear()
+
     active = SimpleNamespace(
         get_current_target=lambda: SimpleNamespace(warp_size=warp_size, backend="cuda"),
-        get_current_stream=lambda device: module.stream,
+        get_current_stream=lambda device: gpu.stream,
     )
     triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
     with pytest.MonkeyPatch.context() as patch, mode:
-        patch.setattr(torch, "get_device_module", lambda _: module)
+        patch.setattr(torch, "get_device_module", lambda _: gpu)
         # On a machine with a GPU, fake tensors start the device up that they are said to be on.
         patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
         patch.setattr(fake_tensor.FakeTensor, "data_ptr", lambda self: 4096, raising=False)
         patch.setattr(launcher, "triton", triton)
         patch.setattr(launcher, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
         patch.setattr(launch, "_new_workspace", new_fake_workspace)
-        patch.setattr(launcher.Code, "launch", lambda *arguments: module.launch(*arguments))
-        for function in (launcher.gpu_of, launch._scalar, launch._kept_workspace):
-            function.cache_clear()
-        yield module
-    for function in (launcher.gpu_of, launch._scalar, launch._kept_workspace):
-        function.cache_clear()
+        patch.setattr(launcher.Code, "launch", lambda *arguments: gpu.launch(*arguments))
+        forget()
+        yield gpu
+    forget()

@@ -10,10 +10,10 @@ What a GPU does to a kernel, and Triton's interpreter by itself does not:
 - It rounds float32 to the nearest bfloat16. The interpreter truncates.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,26 +24,11 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 READ_ONLY = ("operands", "upstream_ptr", "divisor_ptr")
 
-
-class Event(NamedTuple):
-    """What a program does: "load", "store", "atomic" or "barrier", and to which argument."""
-
-    kind: str
-    argument: str = ""
-
-
-# Of the launch that runs now: the addresses of each tensor's first byte, and of one past its last.
+# What the programs of the last launch did, one program after the other, and to which argument:
+# "load", "store", "atomic", or "barrier", which is of none.
+events: list[tuple[str, str]] = []
+# The addresses of each of its tensors' first byte, and of one past the last.
 _extents: dict[str, tuple[int, int]] = {}
-_recordings: list[list[Event]] = []
-
-
-@contextmanager
-def recorded() -> Iterator[list[Event]]:
-    """Collect what the programs of all launches do, one program after the other."""
-    events: list[Event] = []
-    _recordings.append(events)
-    yield events
-    _recordings.remove(events)
 
 
 def make_strict() -> None:
@@ -55,8 +40,8 @@ def make_strict() -> None:
         ("store", "create_masked_store", 0, 2),
         ("atomic", "create_atomic_rmw", 1, 3),
     ):
-        _before(InterpreterBuilder, name, _access(kind, pointers, mask))
-    _before(InterpreterBuilder, "create_barrier", lambda _: _happened(Event("barrier")))
+        _before(InterpreterBuilder, name, partial(_accessed, kind, pointers, mask))
+    _before(InterpreterBuilder, "create_barrier", lambda _: events.append(("barrier", "")))
     _before(TensorHandle, "set_attr", _hinted)
     _round_bfloat16()
     _patch_language_once()
@@ -74,36 +59,29 @@ def _before(owner: type, name: str, check: Callable[..., None]) -> None:
 
 
 def _launched(executor: Any, *arguments: Any) -> None:
+    events.clear()
     _extents.clear()
     for name, value in zip(executor.arg_names, arguments, strict=False):
-        members = enumerate(value) if isinstance(value, tuple) else [(None, value)]
-        for i, member in members:
-            if isinstance(member, Tensor) and member.numel():
-                sizes = zip(member.shape, member.stride(), strict=True)
-                elements = 1 + sum((size - 1) * stride for size, stride in sizes)
-                start = member.data_ptr()
-                stop = start + elements * member.element_size()
-                _extents[name if i is None else f"{name}[{i}]"] = (start, stop)
+        named = {name: value}
+        if isinstance(value, tuple):
+            named = {f"{name}[{i}]": member for i, member in enumerate(value)}
+        for own, tensor in named.items():
+            if isinstance(tensor, Tensor) and tensor.numel():
+                steps = zip(tensor.shape, tensor.stride(), strict=True)
+                last = sum((size - 1) * step for size, step in steps)
+                start = tensor.data_ptr()
+                _extents[own] = start, start + (last + 1) * tensor.element_size()
 
 
-def _access(kind: str, pointers: int, mask: int) -> Callable[..., None]:
-    def accessed(_: Any, *arguments: Any) -> None:
-        active = arguments[pointers].data[arguments[mask].data]
-        if not active.size:
-            return
+def _accessed(kind: str, pointers: int, mask: int, _: Any, *arguments: Any) -> None:
+    active = arguments[pointers].data[arguments[mask].data]
+    if active.size:
         low, high = active.min(), active.max()
         names = [name for name, (start, stop) in _extents.items() if start <= low and high < stop]
         if kind != "load":
             names = [name for name in names if not name.startswith(READ_ONLY)]
         assert names, f"a {kind} outside of every tensor that the kernel was given for it"
-        _happened(Event(kind, names[0]))
-
-    return accessed
-
-
-def _happened(event: Event) -> None:
-    for events in _recordings:
-        events.append(event)
+        events.append((kind, names[0]))
 
 
 def _hinted(handle: Any, hint: str, values: list[int]) -> None:
