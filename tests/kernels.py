@@ -51,13 +51,10 @@ def load_kernel(
 
 @triton.jit
 def copy_kernel(input_ptr, found_ptr, first, step, RUN: tl.constexpr, MULTIPLE: tl.constexpr):
-    """Store eight elements one after the other, that are loaded so many steps apart.
+    """Store the eight elements from `first` on that are so many steps apart.
 
-    input_ptr:     int32, read from the element `first` on
-    found_ptr:     int32 [8]
     RUN, MULTIPLE: what is said of the offsets: runs of so many neighbours start at a multiple
     """
     position = tl.arange(0, 8)
-    offset = first + position * step
-    offset = tl.max_contiguous(tl.multiple_of(offset, MULTIPLE), RUN)
+    offset = tl.max_contiguous(tl.multiple_of(first + position * step, MULTIPLE), RUN)
     tl.store(found_ptr + position, tl.load(input_ptr + offset))

@@ -5,9 +5,8 @@ where each element was looked for, whatever the plan is made of; and the interpr
 refuses addresses outside of the operand, and accesses that are not as aligned as the plan says.
 """
 
-import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,123 +16,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.conftest import on_interpreter
+from tests.support import DEVICE, Shape, needs_no_gpu, on_kernel
 
-Ints = tuple[int, ...]
-Layout = tuple[Ints, Ints]
+pytestmark = on_kernel
+
+Layout = tuple[Shape, Shape]  # sizes and strides
 INT32_MAX = 2**31 - 1
 
 
-class Walk(NamedTuple):
-    """What a plan is made for."""
-
-    order: Ints
-    """Strides of the outputs, or of the input where there are none."""
-    has_outputs: bool
-    operands: tuple[Layout | None, ...]
-    """Shape and strides; the first has the shape of all."""
-    itemsize: int
-
-    @property
-    def shape(self) -> Ints:
-        assert self.operands[0] is not None
-        return self.operands[0][0]
-
-
 @st.composite
-def layouts(draw: st.DrawFn, shape: Ints) -> Layout:
+def layouts(draw: st.DrawFn, shape: Shape) -> Layout:
     """Any permutation of the dimensions, with gaps between them or expanded."""
     strides, step = [0] * len(shape), 1
     for dim in draw(st.permutations(range(len(shape)))):
         if draw(st.integers(0, 9)):
             strides[dim] = step
-            step = step * shape[dim] + draw(st.sampled_from([0, 0, 0, 1, 4, 8]))
+            step = step * shape[dim] + draw(st.sampled_from([0, 0, 0, 1, 2, 4, 8]))
             step *= draw(st.sampled_from([1, 1, 1, 2]))
     return shape, tuple(strides)
 
 
 @st.composite
-def walks(draw: st.DrawFn) -> Walk:
+def walks(draw: st.DrawFn) -> list[Layout | None]:
+    """Return operands, of which the first has the shape of all."""
     shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4, 8, 12, 16, 31]), max_size=4)))
     while math.prod(shape) > 4000:
         shape = shape[1:]
     operands: list[Layout | None] = [draw(layouts(shape))]
     for _ in range(draw(st.integers(0, 3))):
-        kept = draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
-        own = tuple(n if keep else 1 for n, keep in zip(shape, kept, strict=True))
+        own = tuple(n if draw(st.booleans()) else 1 for n in shape)
         own = own[draw(st.integers(0, next((i for i, n in enumerate(own) if n > 1), 0))) :]
         operands.append(draw(st.none() | layouts(own) | layouts(shape)))
-    has_outputs = draw(st.booleans())
-    input = torch.empty_strided(*operands[0], device="meta")  # type: ignore[misc]
-    order = torch.empty_like(input).stride() if has_outputs else input.stride()
-    return Walk(order, has_outputs, tuple(operands), draw(st.sampled_from([2, 4, 8])))
+    return operands
 
 
-def _plan(walk: Walk) -> Any:
+def _plan(order: Shape, itemsize: int, *operands: Layout | None) -> Any:
     from fused_smoothl1 import launch
 
-    return launch._plan(walk.shape, walk.order, walk.operands, walk.itemsize)
+    assert operands[0] is not None
+    return launch._plan(operands[0][0], order, operands, itemsize)
 
 
-def _enumerated(shape: Ints, layout: Layout) -> npt.NDArray[np.int64]:
-    """Return where each element of a tensor is that broadcasts to the shape, in row-major order."""
-    own, strides = layout
-    padded = (0,) * (len(shape) - len(own)) + tuple(
-        0 if n == 1 else stride for n, stride in zip(own, strides, strict=True)
-    )
-    indices = itertools.product(*map(range, shape))
-    return np.array([sum(map(int.__mul__, index, padded)) for index in indices])
+def _dense(*shape: int) -> Layout:
+    return shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def _loaded(plan: Any, operand: int, numel: int, extent: int) -> npt.NDArray[np.int64]:
-    """Return where the kernel looks for each element."""
+def _furthest(layout: Layout) -> int:
+    """Return the position of the last element in memory."""
+    return sum((size - 1) * stride for size, stride in zip(*layout, strict=True))
+
+
+def _positions(layout: Layout, shape: Shape) -> npt.NDArray[np.int64]:
+    """Return where each element is of a tensor that broadcasts to the shape."""
+    memory = torch.arange(_furthest(layout) + 1)
+    return memory.as_strided(*layout).expand(shape).flatten().numpy()
+
+
+def _loaded(plan: Any, operand: int, memory: int) -> npt.NDArray[np.int64]:
+    """Return where the kernel looks for each element of an operand, in memory of this size."""
     from tests.kernels import load_kernel
 
-    # In one piece of memory that ends where the operand does.
     positions: list[Tensor | None] = [None] * len(plan.access)
-    positions[operand] = torch.arange(extent, dtype=torch.int32)
-    found = torch.full((numel,), -1, dtype=torch.int32)
-    load_kernel[(2,)](
-        tuple(positions),
-        found,
-        plan.sizes,
-        plan.strides,
-        numel,
-        plan.access,
-        operand,
-        plan.aligned,
-        plan.lanes,
-        plan.block,
-    )
+    positions[operand] = torch.arange(memory, dtype=torch.int32)
+    found = torch.full((plan.numel,), -1, dtype=torch.int32)
+    walk = tuple(positions), found, plan.sizes, plan.strides, plan.numel
+    load_kernel[(2,)](*walk, plan.access, operand, plan.aligned, plan.lanes, plan.block)
     return found.numpy().astype(np.int64)
-
-
-@on_interpreter
-@given(walk=walks())
-def test_every_element_is_found(walk: Walk, triton_backend: str) -> None:
-    """In the order of the outputs where there are any; otherwise in one order for all operands."""
-    plan = _plan(walk)
-    numel = math.prod(walk.shape)
-    present = {i: layout for i, layout in enumerate(walk.operands) if layout is not None}
-    expected = [_enumerated(walk.shape, layout) for layout in present.values()]
-    found = [
-        _loaded(plan, operand, numel, int(one.max()) + 1)
-        for one, operand in zip(expected, present, strict=True)
-    ]
-    for operand in range(len(walk.operands)):
-        assert (plan.access[operand] is None) == (operand not in present)
-        is_walked = plan.access[operand] in ("row", "vector", "strided")
-        assert (plan.strides[operand] is not None) == is_walked
-
-    if walk.has_outputs:
-        written = _enumerated(walk.shape, (walk.shape, walk.order))
-        expected = [one[np.argsort(written)] for one in expected]
-        assert all(map(np.array_equal, found, expected))
-    else:
-        # (The order is any, but the same for all.)
-        assert sorted(zip(*found, strict=True)) == sorted(zip(*expected, strict=True))
-    for one, operand in zip(found, present, strict=True):
-        assert plan.access[operand] in _best_accesses(one, plan).split()
 
 
 def _best_accesses(found: npt.NDArray[np.int64], plan: Any) -> str:
@@ -154,91 +102,80 @@ def _best_accesses(found: npt.NDArray[np.int64], plan: Any) -> str:
     return "strided"
 
 
-def _dense(*shape: int) -> Layout:
-    return shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+@needs_no_gpu
+@given(operands=walks(), has_outputs=st.booleans(), itemsize=st.sampled_from([2, 4, 8]))
+def test_every_element_is_found(operands: list[Layout], has_outputs: bool, itemsize: int) -> None:
+    """In the order of the outputs where there are any; otherwise in one order for all operands."""
+    shape, order = operands[0]
+    if has_outputs:
+        order = torch.empty_like(torch.empty_strided(shape, order, device="meta")).stride()
+    plan = _plan(order, itemsize, *operands)
+    expected, found = [], []
+    for operand, layout in enumerate(operands):
+        assert (plan.access[operand] is None) == (layout is None)
+        is_walked = plan.access[operand] in ("row", "vector", "strided")
+        assert (plan.strides[operand] is not None) == is_walked
+        if layout is not None:
+            expected.append(_positions(layout, shape))
+            found.append(_loaded(plan, operand, _furthest(layout) + 1))
+            assert plan.access[operand] in _best_accesses(found[-1], plan).split()
+    assert (plan.sizes is not None) == any(plan.strides)
+
+    if has_outputs:
+        written = np.argsort(_positions((shape, order), shape))
+        assert all(map(np.array_equal, found, [one[written] for one in expected]))
+    else:
+        # (The order is any, but the same for all.)
+        assert sorted(zip(*found, strict=True)) == sorted(zip(*expected, strict=True))
 
 
-BOXES, TALL = _dense(9, 4), _dense(64, 16)
-# Operands; bytes an element; the kinds of access; the lanes of a group, and whether it is aligned.
-EXAMPLES: dict[str, tuple[list[Layout], int, str, int, bool]] = {
-    "dense": ([BOXES, BOXES, BOXES], 4, "flat flat flat", 4, False),
-    "16 bits": ([BOXES, BOXES], 2, "flat flat", 8, False),
-    "64 bits": ([BOXES, BOXES], 8, "flat flat", 2, False),
-    "one element": ([BOXES, ((), ()), ((1, 1), (1, 1))], 4, "flat scalar scalar", 4, False),
-    "weight of a row": ([BOXES, ((9, 1), (1, 1))], 4, "flat row", 4, True),
-    "weight of a column": ([BOXES, ((4,), (1,))], 4, "flat vector", 4, True),
-    "weight of a row, half wide": ([BOXES, ((9, 1), (1, 1))], 2, "flat row", 4, True),
-    "weight of a row of 6": ([_dense(9, 6), ((9, 1), (1, 1))], 4, "flat row", 2, True),
-    "weight of a row of 6, 16 bits": (
-        [_dense(9, 6), ((9, 1), (1, 1))],
-        2,
-        "flat strided",
-        8,
-        False,
-    ),
-    "weight of a row of 5": ([_dense(9, 5), ((9, 1), (1, 1))], 4, "flat strided", 4, False),
-    "columns": ([BOXES, ((9, 4), (8, 1))], 4, "flat vector", 4, True),
-    "columns that are not aligned": ([BOXES, ((9, 4), (7, 1))], 4, "flat strided", 4, True),
-    "columns that are half aligned": ([BOXES, ((9, 4), (6, 1))], 4, "flat strided", 4, True),
-    "columns, half wide": ([BOXES, ((9, 4), (12, 1))], 2, "flat vector", 4, True),
-    "columns, half wide, not aligned": ([BOXES, ((9, 4), (10, 1))], 2, "flat strided", 4, True),
-    "every second column": ([BOXES, ((9, 4), (8, 2))], 4, "flat strided", 4, True),
-    "transposed": ([TALL, ((64, 16), (1, 64))], 4, "flat strided", 4, True),
-    "both transposed": ([((9, 4), (1, 9)), ((9, 4), (1, 9))], 4, "flat flat", 4, False),
-}
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_kinds_of_access(name: str, triton_backend: str) -> None:
-    operands, itemsize, kinds, lanes, aligned = EXAMPLES[name]
-    plan = _plan(Walk(operands[0][1], True, tuple(operands), itemsize))
-    assert " ".join(plan.access) == kinds
+@pytest.mark.parametrize(
+    ("columns", "itemsize", "lanes", "aligned"),
+    [
+        (4, 8, 2, True),
+        (4, 4, 4, True),
+        (4, 2, 4, True),
+        (6, 4, 2, True),
+        (6, 2, 8, False),
+        (5, 4, 4, False),
+    ],
+)
+def test_groups(columns: int, itemsize: int, lanes: int, aligned: bool) -> None:
+    """An access may be half as wide as it could, where all of a group are of one row then."""
+    operands = _dense(9, columns), ((9, 1), (1, 1))
+    plan = _plan((columns, 1), itemsize, *operands)
     assert (plan.lanes, plan.aligned) == (lanes, aligned)
-    assert (plan.sizes is None) == ({*kinds.split()} <= {"flat", "scalar"})
-
-
-@pytest.mark.parametrize(("itemsize", "block"), [(2, 1024), (4, 1024), (8, 512)])
-def test_size_of_a_tile(itemsize: int, block: int, triton_backend: str) -> None:
-    """At most two wide accesses of each of 128 threads, and at most eight elements."""
-    assert _plan(Walk((4, 1), True, (BOXES, BOXES), itemsize)).block == block
-
-
-def _reach(plan: Any, layout: Layout, numel: int) -> int:
-    """Return the largest number that the kernel computes on the way to an operand's elements."""
-    block: int = plan.block
-    furthest = sum((n - 1) * stride for n, stride in zip(*layout, strict=True))
-    return max(furthest, numel + block)
+    plan = _plan((columns, 1), itemsize, operands[0], operands[0])
+    assert (plan.lanes, plan.aligned) == (16 // itemsize, False), "nothing shares a group's row"
 
 
 LARGE = st.sampled_from([1, 2, 3, 4, 1000, 2**15, 2**16, 2**30, 2**31 - 1025, 2**31 - 1024])
 
 
 @given(
-    shape=st.lists(LARGE, min_size=1, max_size=3).map(tuple),
+    shape=st.lists(LARGE, min_size=1, max_size=3),
     steps=st.lists(st.integers(0, 2) | LARGE, min_size=3, max_size=3),
     itemsize=st.sampled_from([2, 4, 8]),
 )
-def test_32_bits_where_they_are_enough(
-    shape: Ints, steps: list[int], itemsize: int, triton_backend: str
-) -> None:
-    strides = tuple(steps[: len(shape)])
-    dense = _dense(*shape)
-    plan = _plan(Walk(dense[1], True, (dense, (shape, strides)), itemsize))
-    reach = max(_reach(plan, layout, math.prod(shape)) for layout in (dense, (shape, strides)))
+def test_32_bits_where_they_are_enough(shape: list[int], steps: list[int], itemsize: int) -> None:
+    """For the largest number that the kernel computes on the way to an operand's elements."""
+    dense, other = _dense(*shape), (tuple(shape), tuple(steps[: len(shape)]))
+    plan = _plan(dense[1], itemsize, dense, other)
+    reach = max(_furthest(dense), _furthest(other), math.prod(shape) + plan.block)
     # (At exactly the largest number either is right.)
     assert plan.is_long == (reach > INT32_MAX) or reach == INT32_MAX
 
 
 @pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1])
-def test_blocks_cover_everything(numel: int, device: str, triton_backend: str) -> None:
+def test_blocks_cover_everything(numel: int) -> None:
     """Whole blocks, and the tail once: also where a 32-bit index of one more would overflow."""
     from tests.kernels import blocks_kernel
 
     programs, block = 3, 1024
-    found = torch.empty((programs, 2, 2), dtype=torch.int64, device=device)
+    found = torch.empty((programs, 2, 2), dtype=torch.int64, device=DEVICE)
     blocks_kernel[(programs,)](found, numel, block)
     whole, tails = found.unbind(1)
     assert whole.tolist() == [[program, numel // block] for program in range(programs)]
+    assert {start for start, _ in tails.tolist()} == {numel // block}
     lengths = [stop - start for start, stop in tails.tolist()]
     assert sorted(lengths) == [0, 0, 1 if numel % block else 0]
-    assert {start for start, _ in tails.tolist()} == {numel // block}
