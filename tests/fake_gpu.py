@@ -18,7 +18,7 @@ MULTIPROCESSORS = 10
 
 
 class Launch(NamedTuple):
-    """A launch that was asked for, with the device and the stream that were current."""
+    """A launch that was asked for, on the device and the stream that were current."""
 
     programs: int
     arguments: dict[str, Any]
@@ -66,7 +66,8 @@ class FakeGpu(threading.local):
         return self.capturing
 
     def get_device_properties(self, device: torch.device) -> Any:
-        return SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+        name = "max_compute_units" if device.type == "xpu" else "multi_processor_count"
+        return SimpleNamespace(**{name: MULTIPROCESSORS})
 
     def launch(self, code: Any, programs: int, stream: int, *arguments: Any) -> None:
         """Stand in for the launch of a kernel."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests.support import (
     CALLS,
@@ -32,9 +32,12 @@ from tests.support import (
     values,
 )
 
-pytestmark = [needs_gpu, on_kernel]
+pytestmark = [needs_gpu, on_both]
 
 ROWS = 100_003
+
+Run = Callable[[], list[Any]]
+_run = partial(results, smooth_l1_loss, upstream=1.5, sigma=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -48,162 +51,162 @@ def _operands(rows: int = ROWS) -> list[Any]:
     return boxes(rows, coin(rows, 1), (4,))
 
 
-_run = partial(results, smooth_l1_loss, upstream=1.5, sigma=2.0)
-
-
-def _capture(
-    function: Callable[..., list[Tensor]], *arguments: Any, **options: Any
-) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+def _capture(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     """Warm up on a side stream, as PyTorch asks for, and capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            function(*arguments, **options)
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = function(*arguments, **options)
+        found = run()
     return graph, found
 
 
-@on_both
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_graph_with_new_inputs(reduction: Reduction) -> None:
-    static = _operands()
-    graph, found = _capture(_run, static, reduction=reduction)
-    for _ in range(3):
-        other = _operands()
-        with torch.no_grad():
-            for one, source in zip(static, other, strict=True):
-                one.copy_(source)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_equal(found, _run(other, reduction=reduction))
+def on_streams(runs: list[Run]) -> Iterator[list[Any]]:
+    """Run each again and again, on streams that come and go."""
+    found = []
+    for run in 30 * runs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.append(run())
+    yield found
 
 
-def test_graph_reads_the_normalizer() -> None:
-    """Nothing of its value was read when the graph was made."""
-    normalizer = torch.tensor(1.0, device="cuda")
-    graph, found = _capture(_run, _operands(), reduction="sum", normalizer=normalizer)
-    graph.replay()
-    whole = [one.clone() for one in found]
-    normalizer.fill_(8.0)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_equal([one * 8 for one in found], whole)
+def in_threads(runs: list[Run], own_streams: bool = True) -> Iterator[list[Any]]:
+    """Run each again and again in a host thread of its own."""
+    start = threading.Barrier(len(runs))
+
+    def work(run: Run) -> list[Any]:
+        stream = torch.cuda.Stream() if own_streams else torch.cuda.default_stream()
+        start.wait()
+        with torch.cuda.stream(stream):
+            found = [run() for _ in range(50)]
+        stream.synchronize()
+        return found
+
+    # (Its end would wait for a thread that hangs.)
+    found = list(ThreadPoolExecutor(len(runs)).map(work, runs, timeout=120))
+    yield from map(list, zip(*found, strict=True))
 
 
-def test_graph_of_a_training_step() -> None:
-    """Forward, backward and optimiser in one graph learn as they do in eager PyTorch."""
-    features, target = values(4096, 8), values(4096, 4)
-    criterion = SmoothL1Loss(sigma=3.0)
-    heads = [nn.Linear(8, 4).cuda() for _ in range(2)]
-    heads[1].load_state_dict(heads[0].state_dict())
-
-    def stepper(head: nn.Linear) -> Callable[[], list[Tensor]]:
-        optimizer = torch.optim.Adam(head.parameters(), lr=0.01, capturable=True)
-
-        def step() -> list[Tensor]:
-            optimizer.zero_grad(set_to_none=False)
-            loss: Tensor = criterion(head(features), target)
-            loss.backward()
-            optimizer.step()
-            return [loss.detach()]
-
-        return step
-
-    graph, found = _capture(stepper(heads[0]))
-    for _ in range(10):
-        graph.replay()
-    # Capturing runs nothing; warming up ran two steps.
-    step = stepper(heads[1])
-    expected = [step() for _ in range(12)][-1]
-    torch.cuda.synchronize()
-    assert_close(found, expected)
-    assert_close(heads[0].weight, heads[1].weight)
-
-
-@pytest.mark.parametrize("at_once", [False, True], ids=["in_turns", "at_once"])
-def test_several_graphs(at_once: bool) -> None:
-    """Of several sizes, on one stream or each on its own, more than once, beside eager calls."""
-    cases = [_operands(rows) for rows in (ROWS, 70_001, 150_000, ROWS)]
-    expected = [_run(case) for case in cases]
-    graphs, found = zip(*[_capture(_run, case) for case in cases], strict=True)
+def in_graphs(runs: list[Run], own_streams: bool = False) -> Iterator[list[Any]]:
+    """Replay a graph of each, more than once in a row and over spoilt results, by eager calls."""
+    graphs, found = zip(*map(_capture, runs), strict=True)
     main = torch.cuda.current_stream()
-    streams = [torch.cuda.Stream() if at_once else main for _ in cases]
+    streams = [torch.cuda.Stream() if own_streams else main for _ in runs]
     torch.cuda.synchronize()
     for _ in range(20):
         eager = []
-        for graph, stream, case in zip(graphs, streams, cases, strict=True):
+        for run, graph, spoilt, stream in zip(runs, graphs, found, streams, strict=True):
             with torch.cuda.stream(stream):
+                for one in spoilt:
+                    one.fill_(torch.nan)
                 for _ in range(3):
                     graph.replay()
-            eager.append(_run(case))
-        torch.cuda.synchronize()
-        assert_equal([*found, *eager], 2 * expected)
+            eager.append(run())
+        yield [*eager, *found]
 
 
-def test_branches_inside_one_graph() -> None:
-    """Launches that a graph may run at the same time, or in a row, do not share a ticket."""
-    cases = [_operands() for _ in range(6)]
-    expected = [_run(case) for case in cases]
+def in_branches(runs: list[Run]) -> Iterator[list[Any]]:
+    """Replay one graph of all, which may run some at the same time, and runs others in a row."""
     branches = [torch.cuda.Stream() for _ in range(3)]
 
-    def run() -> list[Any]:
+    def branched() -> list[Any]:
         main = torch.cuda.current_stream()
         found = []
         for branch in branches:
             branch.wait_stream(main)
-        for case, branch in zip(cases, 2 * branches, strict=True):
-            with torch.cuda.stream(branch):
-                found.append(_run(case))
+        for i, run in enumerate(runs):
+            with torch.cuda.stream(branches[i % 3]):
+                found.append(run())
         for branch in branches:
             main.wait_stream(branch)
         return found
 
-    graph, found = _capture(run)
+    graph, found = _capture(branched)
     for _ in range(50):
         graph.replay()
+    yield found
+
+
+CONTEXTS: dict[str, Callable[[list[Run]], Iterator[list[Any]]]] = {
+    "streams": on_streams,
+    "threads": in_threads,
+    "threads, one stream": partial(in_threads, own_streams=False),
+    "graphs, one stream": in_graphs,
+    "graphs": partial(in_graphs, own_streams=True),
+    "branches of a graph": in_branches,
+}
+
+
+def _check(context: str, runs: list[Run]) -> None:
+    expected = [run() for run in runs]
     torch.cuda.synchronize()
-    assert_equal(found, expected)
+    for found in CONTEXTS[context](runs):
+        torch.cuda.synchronize()
+        assert_equal(found, len(found) // len(runs) * expected)
 
 
-@on_both
-def test_several_streams_at_once() -> None:
-    """Which come and go."""
-    cases = [_operands() for _ in range(6)]
-    expected = [_run(case) for case in cases]
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_at_once(context: str) -> None:
+    """Calls of several sizes."""
+    _check(context, [partial(_run, _operands(50_000 + 17_001 * i)) for i in range(6)])
+
+
+@on_kernel
+@pytest.mark.parametrize("rows", [33, 200_003], ids=["one_block", "many"])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kind_of_call(name: str, rows: int) -> None:
+    operands, options = call(name, rows)
+    run = partial(results, smooth_l1_loss, operands, 1.5, **options)
+    for context in ("streams", "graphs, one stream"):
+        _check(context, [run])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_graph_with_new_values(reduction: Reduction) -> None:
+    """Of operands and normalizer: nothing of them was read when the graph was made."""
+
+    def run(operands: list[Any], number: Tensor) -> list[Tensor]:
+        normalizer = number if reduction == "sum" else None
+        return _run(operands, reduction=reduction, normalizer=normalizer)
+
+    static, *others = [(_operands(), torch.tensor(0.5 + i, device="cuda")) for i in range(4)]
+    graph, found = _capture(partial(run, *static))
+    for operands, number in others:
+        with torch.no_grad():
+            for one, source in zip([*static[0], static[1]], [*operands, number], strict=True):
+                one.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(found, run(operands, number))
+
+
+@on_kernel
+def test_graph_of_a_training_step() -> None:
+    """Forward, backward and optimiser in one graph learn as they do in eager PyTorch."""
+    features, target = values(4096, 8), values(4096, 4)
+    weights = [values(8, 4, seed=1, grad=True) for _ in range(2)]
+    one, other = (torch.optim.Adam([own], lr=0.01, capturable=True) for own in weights)
+
+    def step(weight: Tensor, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=False)
+        loss = smooth_l1_loss(features @ weight, target, sigma=3.0)
+        loss.backward()
+        optimizer.step()
+        return [loss.detach()]
+
+    graph, found = _capture(partial(step, weights[0], one))
+    for _ in range(10):
+        graph.replay()
+    # Capturing runs nothing; warming up ran two steps.
+    expected = [step(weights[1], other) for _ in range(12)][-1]
     torch.cuda.synchronize()
-    found = []
-    for case in 30 * cases:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            found.append(_run(case))
-    torch.cuda.synchronize()
-    assert_equal(found, 30 * expected)
+    assert_close([*found, weights[0]], [*expected, weights[1]])
 
 
-@on_both
-@pytest.mark.parametrize("own_streams", [False, True])
-def test_several_host_threads(own_streams: bool) -> None:
-    cases = [_operands(50_000 + 7_001 * i) for i in range(6)]
-    expected = [_run(case) for case in cases]
-    torch.cuda.synchronize()
-    start = threading.Barrier(len(cases))
-
-    def work(case: list[Any]) -> list[Any]:
-        stream = torch.cuda.Stream() if own_streams else torch.cuda.default_stream()
-        start.wait()
-        with torch.cuda.stream(stream):
-            found = [_run(case) for _ in range(50)]
-        stream.synchronize()
-        return found
-
-    found = ThreadPoolExecutor(len(cases)).map(work, cases, timeout=120)
-    assert_equal(list(found), [50 * [wanted] for wanted in expected])
-
-
-@on_both
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for a machine with two GPUs")
 def test_several_devices() -> None:
     """The operands decide, whichever device is the current one."""
@@ -218,6 +221,7 @@ def test_several_devices() -> None:
         assert_close([tensor.cpu() for tensor in one], [tensor.cpu() for tensor in found[0]])
 
 
+@on_kernel
 def test_compiled_with_graphs() -> None:
     """torch.compile's own CUDA graphs, around the registered operator.
 
@@ -251,6 +255,7 @@ def _(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return input.new_empty(()), torch.empty_like(input)
 
 
+@on_kernel
 def test_users_operator_compiled_with_graphs() -> None:
     """The library is not seen there, and what it keeps must not lie in the graphs' memory.
 
@@ -273,27 +278,3 @@ def test_users_operator_compiled_with_graphs() -> None:
     kept = launch._kept_workspace.cache_info().currsize
     assert kept > 1, "one was reserved while the graphs were warmed up"
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("rows", [33, 200_003], ids=["one_block", "many"])
-@pytest.mark.parametrize("name", CALLS)
-def test_every_kind_of_call(name: str, rows: int) -> None:
-    """The same bits in a row, on several streams at once, and replayed over spoilt results."""
-    operands, options = call(name, rows)
-    run = partial(results, smooth_l1_loss, operands, 1.5, **options)
-    first = run()
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    found = [run() for _ in range(20)]
-    for stream in 5 * streams:
-        with torch.cuda.stream(stream):
-            found.append(run())
-    torch.cuda.synchronize()
-    assert_equal(found, 40 * [first])
-    graph, replayed = _capture(run)
-    for _ in range(5):
-        for one in replayed:
-            one.fill_(torch.nan)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_equal(replayed, first)
