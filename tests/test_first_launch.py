@@ -7,7 +7,6 @@ wait for a GPU, as the interpreter compiles nothing.
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from torch.testing import assert_close
 from bench import stand_in
 from fused_smoothl1 import smooth_l1_loss
 from tests.composed import composed
-from tests.support import boxes, needs_gpu, needs_triton, results, run_python
+from tests.support import DEVICE, boxes, needs_gpu, needs_triton, results, run_python
+from tests.test_streams_and_graphs import in_threads
 
 SECONDS = 100  # more than a start of PyTorch and some compilations take on a busy machine
 
@@ -36,19 +36,9 @@ def in_several_threads() -> None:
     """Launch first in several threads at once, on one stream and on a stream each."""
     pairs = [boxes(50_000 + 7_001 * index) for index in range(6)]
     torch.cuda.synchronize()
-    start = threading.Barrier(len(pairs))
-
-    def work(index: int) -> list[Tensor]:
-        stream = torch.cuda.Stream() if index % 2 else torch.cuda.default_stream()
-        start.wait()
-        with torch.cuda.stream(stream):
-            found = _step(pairs[index])
-        stream.synchronize()
-        return found
-
-    with ThreadPoolExecutor(len(pairs)) as threads:
-        for found, pair in zip(threads.map(work, range(len(pairs))), pairs, strict=True):
-            _check(found, pair)
+    first = next(in_threads([partial(_step, pair) for pair in pairs]))
+    for found, pair in zip(first, pairs, strict=True):
+        _check(found, pair)
 
 
 def in_autograds_thread() -> None:
@@ -60,7 +50,7 @@ def in_autograds_thread() -> None:
         with torch.enable_grad():
             found.append(_step(pair))
 
-    doubled = torch.ones((), device="cuda", requires_grad=True) * 2
+    doubled = torch.ones((), device=DEVICE, requires_grad=True) * 2
     doubled.register_hook(hook)
     doubled.backward()
     assert threads != [threading.get_ident()]
