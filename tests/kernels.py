@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fused_smoothl1.kernel import _blocks, _load
+from fused_smoothl1.kernel import _blocks
 
 
 @triton.jit(do_not_specialize=["numel"])
@@ -18,35 +18,6 @@ def blocks_kernel(found_ptr, numel, BLOCK: tl.constexpr):
         start, stop = _blocks(numel, BLOCK, TAIL)
         tl.store(found_ptr + tl.program_id(0) * 4 + TAIL * 2, start)
         tl.store(found_ptr + tl.program_id(0) * 4 + TAIL * 2 + 1, stop)
-
-
-@triton.jit(do_not_specialize=["numel"])
-def load_kernel(
-    operands,
-    found_ptr,
-    sizes,
-    strides,
-    numel,
-    ACCESS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Store what `_load` loads of one operand for each element, in the order of iteration.
-
-    operands:  int32; OPERAND says which; the other arguments are those of `smooth_l1_kernel`
-    found_ptr: int32 [numel]
-    """
-    lane = tl.arange(0, LANES)[None, :]
-    first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
-    for TAIL in tl.static_range(2):
-        start, stop = _blocks(numel, BLOCK, TAIL)
-        for block in range(start, stop, tl.num_programs(0)):
-            group = block * BLOCK + first
-            within = group < numel if ALIGNED else group + lane < numel
-            values = _load(operands, strides, ACCESS, OPERAND, sizes, group, lane, within, ALIGNED)
-            tl.store(found_ptr + group + lane, values, mask=within)
 
 
 @triton.jit

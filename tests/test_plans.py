@@ -1,8 +1,7 @@
-"""How the kernel walks through its operands: what a plan makes it load, against plain enumeration.
+"""How the kernel walks through its operands: every element is found, in the cheapest way there is.
 
-The kernel's own loads are run on an operand that holds its own positions. So what comes back says
-where each element was looked for, whatever the plan is made of; and the interpreter of these tests
-refuses addresses outside of the operand, and accesses that are not as aligned as the plan says.
+The interpreter of these tests refuses addresses outside of an operand, and accesses that are not as
+aligned as the plan says.
 """
 
 import math
@@ -14,9 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tests.support import DEVICE, Shape, needs_no_gpu, on_kernel
+from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, check, needs_no_gpu, on_kernel, values
 
 pytestmark = on_kernel
 
@@ -38,12 +36,12 @@ def layouts(draw: st.DrawFn, shape: Shape) -> Layout:
 
 @st.composite
 def walks(draw: st.DrawFn) -> list[Layout | None]:
-    """Return operands, of which the first has the shape of all."""
+    """Input, target and weights, of sizes that wide accesses divide, or do not."""
     shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4, 8, 12, 16, 31]), max_size=4)))
-    while math.prod(shape) > 4000:
+    while math.prod(shape) > 2048:
         shape = shape[1:]
-    operands: list[Layout | None] = [draw(layouts(shape))]
-    for _ in range(draw(st.integers(0, 3))):
+    operands: list[Layout | None] = [draw(layouts(shape)) for _ in range(2)]
+    for _ in range(draw(st.integers(0, 2))):
         own = tuple(n if draw(st.booleans()) else 1 for n in shape)
         own = own[draw(st.integers(0, next((i for i, n in enumerate(own) if n > 1), 0))) :]
         operands.append(draw(st.none() | layouts(own) | layouts(shape)))
@@ -72,18 +70,6 @@ def _positions(layout: Layout, shape: Shape) -> npt.NDArray[np.int64]:
     return memory.as_strided(*layout).expand(shape).flatten().numpy()
 
 
-def _loaded(plan: Any, operand: int, memory: int) -> npt.NDArray[np.int64]:
-    """Return where the kernel looks for each element of an operand, in memory of this size."""
-    from tests.kernels import load_kernel
-
-    positions: list[Tensor | None] = [None] * len(plan.access)
-    positions[operand] = torch.arange(memory, dtype=torch.int32)
-    found = torch.full((plan.numel,), -1, dtype=torch.int32)
-    walk = tuple(positions), found, plan.sizes, plan.strides, plan.numel
-    load_kernel[(2,)](*walk, plan.access, operand, plan.aligned, plan.lanes, plan.block)
-    return found.numpy().astype(np.int64)
-
-
 def _best_accesses(found: npt.NDArray[np.int64], plan: Any) -> str:
     """Return the cheapest way to reach elements that lie there, or several that cost the same."""
     if not found.any():
@@ -103,30 +89,36 @@ def _best_accesses(found: npt.NDArray[np.int64], plan: Any) -> str:
 
 
 @needs_no_gpu
-@given(operands=walks(), has_outputs=st.booleans(), itemsize=st.sampled_from([2, 4, 8]))
-def test_every_element_is_found(operands: list[Layout], has_outputs: bool, itemsize: int) -> None:
+@given(
+    walk=walks(),
+    reduction=st.sampled_from(REDUCTIONS),
+    grad=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_every_element_is_found(
+    walk: list[Layout | None], reduction: str, grad: bool, dtype: torch.dtype
+) -> None:
     """In the order of the outputs where there are any; otherwise in one order for all operands."""
-    shape, order = operands[0]
-    if has_outputs:
-        order = torch.empty_like(torch.empty_strided(shape, order, device="meta")).stride()
-    plan = _plan(order, itemsize, *operands)
-    expected, found = [], []
-    for operand, layout in enumerate(operands):
-        assert (plan.access[operand] is None) == (layout is None)
-        is_walked = plan.access[operand] in ("row", "vector", "strided")
-        assert (plan.strides[operand] is not None) == is_walked
-        if layout is not None:
-            expected.append(_positions(layout, shape))
-            found.append(_loaded(plan, operand, _furthest(layout) + 1))
-            assert plan.access[operand] in _best_accesses(found[-1], plan).split()
-    assert (plan.sizes is not None) == any(plan.strides)
+    operands: list[Any] = [
+        layout and values(_furthest(layout) + 1, dtype=dtype).as_strided(*layout) for layout in walk
+    ]
+    operands[0].requires_grad_(grad)
+    check(*operands, reduction=reduction, upstream=1.5)
 
-    if has_outputs:
-        written = np.argsort(_positions((shape, order), shape))
-        assert all(map(np.array_equal, found, [one[written] for one in expected]))
-    else:
-        # (The order is any, but the same for all.)
-        assert sorted(zip(*found, strict=True)) == sorted(zip(*expected, strict=True))
+
+@given(walk=walks(), itemsize=st.sampled_from([2, 4, 8]))
+def test_kinds_of_access(walk: list[Layout], itemsize: int) -> None:
+    """In the order of outputs."""
+    shape, strides = walk[0]
+    order = torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+    plan = _plan(order, itemsize, *walk)
+    written = np.argsort(_positions((shape, order), shape))
+    for layout, access, steps in zip(walk, plan.access, plan.strides, strict=False):
+        assert (access is None) == (layout is None)
+        assert (steps is None) == (access in (None, "scalar", "flat"))
+        if layout is not None:
+            assert access in _best_accesses(_positions(layout, shape)[written], plan).split()
+    assert (plan.sizes is None) == (not any(plan.strides))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
