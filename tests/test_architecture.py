@@ -1,55 +1,46 @@
 """What CONTRIBUTING says of the package's architecture is true of the code."""
 
 import ast
-import itertools
 import re
-from pathlib import Path
+from itertools import pairwise, product
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 FILES = {path.stem: path.read_text() for path in (ROOT / "fused_smoothl1").glob("[!_]*.py")}
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-ANYWHERE = {"problem", "hooks"}
 
 
-def _imports(source: str) -> set[str]:
+def loaded_by(source: str) -> set[str]:
     """Return the files of the package that a file loads, be it by name while it runs."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "fused_smoothl1":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.removeprefix("fused_smoothl1."))
-        elif isinstance(node, ast.Constant) and str(node.value).startswith("fused_smoothl1."):
-            names.add(str(node.value).removeprefix("fused_smoothl1."))
-    return names & set(FILES)
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant):
+            names.add(str(node.value))
+    return {name for name in FILES if f"fused_smoothl1.{name}" in names}
 
 
-def _drawn() -> set[tuple[str, str]]:
-    """Return the arrows of the picture."""
-    arrows: set[tuple[str, str]] = set()
-    for line in re.findall(r"^ +(\w+ -->.*)$", TEXT, re.MULTILINE):
-        nodes = [part.split(" & ") for part in line.split(" --> ")]
-        for tails, heads in itertools.pairwise(nodes):
-            arrows |= {(tail, head) for tail in tails for head in heads}
-    return arrows
+ARROWS = {(name, other) for name, source in FILES.items() for other in loaded_by(source)}
 
 
 def test_picture_of_the_imports() -> None:
-    imports = {(name, other) for name, source in FILES.items() for other in _imports(source)}
-    assert _drawn() == {arrow for arrow in imports if arrow[1] not in ANYWHERE}
-    without = {"module", "kernel", "layout", *ANYWHERE}
-    assert {name for name, other in imports if other in ANYWHERE} - ANYWHERE == {*FILES} - without
+    anywhere, drawn = {"problem", "hooks"}, set()
+    for line in re.findall(r"^ +(\w+ -->.*)$", TEXT, re.MULTILINE):
+        for tails, heads in pairwise(line.split(" --> ")):
+            drawn |= {*product(tails.split(" & "), heads.split(" & "))}
+    assert drawn == {arrow for arrow in ARROWS if arrow[1] not in anywhere}
+    into_them = {name for name, other in ARROWS if other in anywhere} - anywhere
+    assert into_them == FILES.keys() - anywhere - {"module", "kernel", "layout"}
 
 
 def test_imports_run_down_the_list() -> None:
     order = re.findall(r"^\| `(\w+)\.py`", TEXT, re.MULTILINE)
     assert sorted(order) == sorted(FILES)
-    for name, source in FILES.items():
-        assert all(order.index(other) > order.index(name) for other in _imports(source))
+    assert all(order.index(name) < order.index(other) for name, other in ARROWS)
 
 
 def test_private_names_of_pytorch_stand_in_one_file() -> None:
     """But for torch._check, which PyTorch documents."""
-    names = r"\btorch(?:\.\w+)*\._(?!check\b)\w+"
-    for name, source in FILES.items():
-        assert bool(re.findall(names, source)) == (name == "hooks"), name
+    private = re.compile(r"\btorch(?:\.\w+)*\._(?!check\b)\w+")
+    assert [name for name, source in FILES.items() if private.search(source)] == ["hooks"]

@@ -62,21 +62,17 @@ def test_every_block_is_found() -> None:
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
+    """The loss, the gradient, and an error, which has the page's line number."""
     page = tmp_path / "page.md"
-
-    def evaluate(new: str) -> None:
+    for new, error in [
+        ("a + 1", AssertionError),
+        ("a.detach() + 0 * a", AssertionError),
+        ("a / (1 // 0)", ZeroDivisionError),
+    ]:
         page.write_text(PAGE.format(new=new))
-        (block,) = blocks(page)
-        block.evaluate()
-
-    evaluate("a * 1")
-    for wrong in ("a + 1", "a.detach() + 0 * a"):  # the loss, and the gradient
-        with pytest.raises(AssertionError):
-            evaluate(wrong)
-    with pytest.raises(ZeroDivisionError) as caught:
-        evaluate("a / (1 // 0)")
-    where = caught.traceback[-1]
-    assert (where.path, where.lineno + 1) == (page, PAGE.splitlines().index("new = {new}") + 1)
+        with pytest.raises(error) as caught:
+            blocks(page)[0].evaluate()
+    assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (page, 6)
 
 
 def test_named_tests_exist() -> None:

@@ -4,16 +4,12 @@ The checker runs in a folder of its own and finds the package on the search path
 installed one, so it reads the annotations only if the marker `py.typed` is there.
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from tests.support import ROOT, run_python
 
-ROOT = Path(__file__).parent.parent
 RIGHT = """
 import torch
 from torch import Tensor, nn
@@ -80,45 +76,33 @@ def losses(pred: Tensor, target: Tensor) -> None:
 """
 
 
-def _mypy(folder: Path, code: str, search_path: Path = ROOT) -> tuple[str, set[int]]:
-    """Check code as a user's file; return what mypy says, and the lines with errors."""
+def said_of(code: str, folder: Path, search_path: Path = ROOT) -> str:
+    """Return what mypy says of code in a user's file."""
     (folder / "consumer.py").write_text(code)
-    # Kept from run to run: reading PyTorch's annotations is nearly all of the time.
-    cache = ROOT / ".mypy_cache" / "consumer"
-    # --config-file= keeps the settings of a user's home out of it.
-    flags = ["--strict", "--config-file=", f"--cache-dir={cache}", "--no-error-summary"]
-    result = subprocess.run(
-        [sys.executable, "-m", "mypy", *flags, "consumer.py"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(search_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # --config-file= keeps the settings of a user's home out of it. The cache is kept from run to
+    # run: reading PyTorch's annotations is nearly all of the time.
+    flags = ["--strict", "--config-file=", f"--cache-dir={ROOT / '.mypy_cache' / 'consumer'}"]
+    start = f"import os, mypy.__main__ as mypy\nos.chdir({str(folder)!r})\nmypy.console_entry()"
+    flags += ["--no-error-summary", "consumer.py"]
+    result = run_python("-c", start, *flags, PYTHONPATH=str(search_path))
     # Where mypy is missing or crashes it must not look as if all were well.
-    assert result.returncode in (0, 1), result.stdout + result.stderr
-    assert "No module named mypy" not in result.stderr, result.stderr
-    errors = re.findall(r"^consumer\.py:(\d+): error", result.stdout, re.MULTILINE)
-    return result.stdout, {int(line) for line in errors}
+    assert result.returncode == bool(result.stdout), result.stderr
+    return result.stdout
 
 
 def test_right_uses_are_accepted(tmp_path: Path) -> None:
-    said, _ = _mypy(tmp_path, RIGHT)
-    assert said == ""
+    assert said_of(RIGHT, tmp_path) == ""
 
 
 def test_wrong_uses_are_rejected(tmp_path: Path) -> None:
-    said, errors = _mypy(tmp_path, WRONG)
-    wrong = {n for n, line in enumerate(WRONG.splitlines(), start=1) if "  # " in line}
-    assert errors == wrong, said
+    said = said_of(WRONG, tmp_path)
+    found = {int(line) for line in re.findall(r"^consumer\.py:(\d+): error", said, re.MULTILINE)}
+    assert found == {n for n, line in enumerate(WRONG.splitlines(), 1) if "  # " in line}, said
 
 
 def test_the_marker_is_what_makes_it_typed(tmp_path: Path) -> None:
     """Without py.typed the checker must complain: else the first test would show nothing."""
     copy = tmp_path / "site" / "unmarked"  # or an editable installation would be found behind it
-    shutil.copytree(ROOT / "fused_smoothl1", copy)
-    (copy / "py.typed").unlink()
-    (tmp_path / "user").mkdir()
-    said, _ = _mypy(tmp_path / "user", RIGHT.replace("fused_smoothl1", copy.name), copy.parent)
-    if "py.typed marker" not in said:
-        pytest.fail(f"the package is found in another way than as an installed one:\n{said}")
+    shutil.copytree(ROOT / "fused_smoothl1", copy, ignore=shutil.ignore_patterns("py.typed"))
+    code = RIGHT.replace("fused_smoothl1", copy.name)
+    assert "py.typed marker" in said_of(code, tmp_path, search_path=copy.parent)
