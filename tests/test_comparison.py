@@ -44,10 +44,10 @@ def cell(row: str, loss: Any) -> str:
     holds: Any = True
     match row:
         case "transition point":
-            names = " or ".join(f"`{n}`" for n in ("sigma", "beta", "delta") if n in options)
-            plain = F.smooth_l1_loss(input, target, beta=0.5)
-            is_scaled = loss(input, target, **{point: 0.5}).allclose(0.5 * plain)
-            return f"{names}, scaled by it" if is_scaled else names
+            names = [f"`{name}`" for name in ("sigma", "beta", "delta") if name in options]
+            scaled = 0.5 * F.smooth_l1_loss(input, target, beta=0.5)
+            is_scaled = loss(input, target, **{point: 0.5}).allclose(scaled)
+            return f"{' or '.join(names)}{', scaled by it' * is_scaled}"
         case "one for each sample or element, its gradient":
             found = attempt(loss, input, target, **{point: ones})
             holds = found != "an error" and grad(found, ones)[0].all()

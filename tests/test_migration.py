@@ -5,7 +5,7 @@ and the Faster R-CNN ports' functions are written anew from what they publish, s
 has to be installed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -79,34 +79,17 @@ def pairs(reduction: Any) -> Pairs:
     yield "Huber of samples", partial(by_hand, outside=each), partial(new, outside_weights=each)
 
 
-@pytest.mark.parametrize(
-    "pairs",
-    [pairs_of_detectors, *(partial(pairs, reduction) for reduction in ("none", "sum", "mean"))],
-    ids=["detectors", "none", "sum", "mean"],
-)
-def test_pairs(pairs: Callable[[], Pairs]) -> None:
+@pytest.mark.parametrize("group", ["detectors", "none", "sum", "mean"])
+def test_pairs(group: str) -> None:
     """In float64, where what is left of a difference is no rounding."""
-    for name, old, new in pairs():
+    for name, old, new in pairs_of_detectors() if group == "detectors" else pairs(group):
         operands = boxes(SHAPE, grad=2, dtype=torch.float64)
         before, after = (results(loss, operands, upstream=3.0) for loss in (old, new))
-        said = partial("{}: {}".format, name)
-        assert_close(after, before, rtol=1e-12, atol=1e-15, msg=said)
+        assert_close(after, before, rtol=1e-12, atol=1e-15, msg=partial("{}: {}".format, name))
         assert all(result.any() for result in after), name
 
 
 def test_modules_without_arguments() -> None:
-    old, new, operands = nn.SmoothL1Loss(), SmoothL1Loss(), boxes(6)
-    assert_close(new(*operands), old(*operands))
+    old, new = nn.SmoothL1Loss(), SmoothL1Loss()
     assert (new.beta, new.reduction) == (old.beta, old.reduction)
     assert SmoothL1Loss(sigma=3.0).beta is None
-
-
-@pytest.mark.parametrize("least", [1, 1e-5])
-def test_no_positives(least: float) -> None:
-    """An index leaves an empty mean, NaN; a mask leaves a loss of 0, and the step goes on."""
-    input, target, mask = boxes(6, coin(6, 1, p=0.0))
-    assert F.smooth_l1_loss(input[mask[:, 0]], target[mask[:, 0]]).isnan()
-    count = mask.sum() + least
-    operands = [input, target, mask]
-    found = results(smooth_l1_loss, operands, reduction="sum", normalizer=count)
-    assert not any(result.any() for result in found)
