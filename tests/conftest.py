@@ -30,7 +30,6 @@ from tests.support import (
     backend_set,
 )
 from tests.support import needs_no_gpu as on_interpreter  # noqa: F401
-from tests.support import version as version
 
 hypothesis.settings.register_profile(
     "ci",

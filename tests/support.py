@@ -8,10 +8,10 @@ the terms' absolute values. Storing in 16 bits adds one rounding, or two where a
 multiplied by an upstream gradient afterwards.
 """
 
-import importlib
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,6 @@ ROOT = Path(__file__).parents[1]
 # same kernel under Triton's interpreter.
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 ELEMENT = 16
 NAMES = ("input", "target", "inside_weights", "outside_weights", "sigma", "beta")
@@ -51,14 +50,24 @@ Shape = tuple[int, ...]
 Loss = Callable[..., Tensor]
 
 
-def version(module: str) -> tuple[int, ...]:
-    """Return the first two numbers of a module's version; Triton's package has several names."""
-    return tuple(map(int, importlib.import_module(module).__version__.split(".")[:2]))
+def _triton() -> tuple[int, ...]:
+    """Return the first two numbers of Triton's version, or nothing without it.
+
+    It is not imported: some of the processes that import this file must do so later.
+    """
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return ()
+    (numbers,) = re.findall(r"^__version__ = .(\d+)\.(\d+)", Path(spec.origin).read_text(), re.M)
+    return tuple(map(int, numbers))
 
 
+TRITON = _triton()
+HAS_TRITON = bool(TRITON)
 # That of Triton 3.6 and older does not work with NumPy 2.4 and newer. (On a GPU, what runs on the
 # CPU all the same still needs the interpreter.)
-HAS_INTERPRETER = HAS_TRITON and (version("triton") >= (3, 7) or version("numpy") < (2, 4))
+OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.4.0"
+HAS_INTERPRETER = HAS_TRITON and (TRITON >= (3, 7) or OLD_NUMPY)
 NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="waits for a CUDA GPU")
