@@ -1,91 +1,83 @@
-"""What may be wrong with Triton on a machine with a GPU: run by the tests of `test_toolchain.py`.
+"""What may be wrong with Triton on a machine with a GPU, and what must come of it.
 
     python -m tests.faults
 
-Each fault has a process of its own, in which tensors of the CPU count as tensors on a GPU. What
-happened is printed as JSON.
+Each fault has a process of its own, in which tensors of the CPU count as tensors on a GPU. What is
+not as it must be is printed as JSON, for `test_toolchain.py`.
 """
 
-import importlib.abc
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, repeat
+from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
+from torch.testing import assert_close
 
 from bench import stand_in
 from fused_smoothl1 import dispatch, ops, smooth_l1_loss
-from fused_smoothl1.functional import Reduction
 from fused_smoothl1.problem import NO_GRADIENTS, NO_NEEDS, make_problem
+from tests.composed import composed
+from tests.support import Loss, backend_set, boxes, call, coin, results
 
-NOWHERE = "/dev/null/nowhere"
 PTXAS = """#!/bin/sh
 case "$*" in
 *--version*) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
 *) echo "ptxas fatal: Value 'sm_90' is not defined for option 'gpu-name'" >&2; exit 255 ;;
 esac
 """
-Fault = Callable[[Path], Any]
+Fault = Callable[[Path], Any]  # is brought about in an empty folder
+Step = Callable[[], Any]
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Lets the import of Triton raise."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        """Raise for Triton; others find the rest."""
-        if name == "triton":
-            raise self.error
+def modules_are(value: Any) -> Fault:
+    names = "triton", "triton.language", "triton.runtime"
+    return lambda _: sys.modules.update(dict.fromkeys(names, value))
 
 
-def modules(value: Any, *names: str) -> Fault:
-    """Put something else in the place of Triton, and of these modules in it."""
-    return lambda _: sys.modules.update(dict.fromkeys(("triton", *names), value))
+def import_runs(code: str) -> Fault:
+    """Let another module of Triton's name be found first."""
 
+    def arise(folder: Path) -> None:
+        (folder / "triton.py").write_text(code)
+        sys.path.insert(0, str(folder))
 
-def import_raises(error: Exception) -> Fault:
-    return lambda _: sys.meta_path.insert(0, Finder(error))
+    return arise
 
 
 def no_sources(_: Path) -> None:
-    def getsourcelines(_: object) -> None:
-        raise OSError("could not get source code")
-
-    inspect.getsourcelines = getsourcelines  # type: ignore[assignment]
+    error = OSError("could not get source code")
+    inspect.getsourcelines = mock.Mock(side_effect=error)
 
 
 def nvidia(**environment: str) -> Fault:
     """Let Triton start its own driver for NVIDIA's GPUs, in such an environment."""
 
-    def fault(folder: Path) -> None:
+    def arise(folder: Path) -> None:
         torch.cuda.is_available = lambda: True
-        os.environ.pop("CC", None)
+        for name in ("CC", "LD_LIBRARY_PATH"):
+            os.environ.pop(name, None)
         os.environ.update({"TRITON_CACHE_DIR": str(folder), **environment})
+        # Where the library is, `ldconfig` would say so.
+        subprocess.check_output = mock.Mock(return_value=b"")
 
-    return fault
-
-
-def no_libcuda(folder: Path) -> None:
-    nvidia()(folder)
-    os.environ.pop("LD_LIBRARY_PATH", None)
-    # Where it is, `ldconfig` would say so.
-    subprocess.check_output = lambda *_, **__: b""  # type: ignore[assignment]
+    return arise
 
 
 def ptxas(folder: Path) -> None:
@@ -96,253 +88,191 @@ def ptxas(folder: Path) -> None:
         os.environ[name] = str(program)
 
 
-def driver(**replaced: Any) -> Fault:
-    """Replace functions of the stand-in for a driver."""
+def driver(name: str, **result: Any) -> Fault:
+    """Let the driver load or launch kernels with this result."""
 
-    def fault(_: Path) -> None:
+    def arise(_: Path) -> None:
         from triton.runtime import driver
 
-        vars(driver.active.utils).update(replaced)
+        function = mock.Mock(**result)
+        if name == "load":
+            driver.active.utils.load_binary = function
+        else:
+            driver.active.launcher_cls = lambda *_: function
 
-    return fault
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def function(*_: Any) -> None:
-        raise error
-
-    return function
+    return arise
 
 
-def failing_launch(_: Path) -> None:
-    from triton.runtime import driver
+NO_MODULE = "Triton cannot be imported.*{}.*: on Linux, .* reinstall PyTorch"
+NO_DRIVER = r"Triton cannot use cpu \(.*{}.*the driver's library.*\(CC\).*TRITON_CACHE_DIR"
+NO_KERNEL = (
+    r"Triton cannot compile or load a kernel for cpu \(.*{}.*version of Triton that knows the GPU"
+)
+INVALID = RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
 
-    launcher = raising(RuntimeError("unspecified launch failure"))
-    driver.active.launcher_cls = lambda *_: launcher
-
-
-# Those of Triton itself and of its driver, and those of what it compiles.
-OF_TRITON: dict[str, Fault] = {
-    "missing": modules(None),
-    "stub": modules(ModuleType("triton")),
-    "mock": modules(mock.MagicMock(), "triton.language", "triton.runtime"),
-    "OSError": import_raises(OSError("libtriton.so: cannot open shared object file")),
-    "RuntimeError": import_raises(RuntimeError("built for another Python")),
-    "AttributeError": import_raises(AttributeError("module has no attribute")),
-    "no sources": no_sources,
-    "foreign": lambda _: None,  # Triton knows no such GPU as this, which is not there.
-    "no libcuda": no_libcuda,
-    "no cache folder": nvidia(TRITON_LIBCUDA_PATH="/", TRITON_CACHE_DIR=NOWHERE),
-    "no C compiler": nvidia(TRITON_LIBCUDA_PATH="/", PATH=NOWHERE),
-}
-OF_KERNELS: dict[str, Fault] = {
-    "ptxas": ptxas,
-    "load": driver(
-        load_binary=raising(RuntimeError("Triton Error [CUDA]: device kernel image is invalid"))
+# Each with the cause and the way out, as a message names them. Those of Triton and of its driver:
+OF_TRITON: dict[str, tuple[Fault, str]] = {
+    "missing": (modules_are(None), "Triton is not installed: on Linux, .* reinstall PyTorch"),
+    "mock": (modules_are(mock.MagicMock()), NO_MODULE.format("")),
+    "stub": (import_runs(""), NO_MODULE.format("triton.py .*not a package")),
+    **{
+        error: (import_runs(f"raise {error}('broken')"), NO_MODULE.format(f"{error}: broken"))
+        for error in ("OSError", "RuntimeError", "AttributeError")
+    },
+    "no sources": (no_sources, NO_MODULE.format("Python file")),
+    # Triton knows no such GPU as this, which is not there.
+    "foreign": (lambda _: None, NO_DRIVER.format("active drivers")),
+    "no libcuda": (nvidia(), NO_DRIVER.format("libcuda")),
+    "no cache folder": (
+        nvidia(TRITON_LIBCUDA_PATH="/", TRITON_CACHE_DIR="/dev/null/nowhere"),
+        NO_DRIVER.format("/dev/null/nowhere"),
     ),
+    "no C compiler": (
+        nvidia(TRITON_LIBCUDA_PATH="/", PATH="/dev/null/nowhere"),
+        NO_DRIVER.format("Failed to find C compiler"),
+    ),
+}
+# Those of what it compiles:
+OF_KERNELS: dict[str, tuple[Fault, str]] = {
+    "ptxas": (ptxas, NO_KERNEL.format("PTXASError.*ptxas fatal")),
+    "load": (driver("load", side_effect=INVALID), NO_KERNEL.format("image is invalid")),
     # Of which there are fewer than the kernel needs; Triton says it only once.
-    "threads": driver(load_binary=lambda *_: (1, 1, 0, 0, 64)),
+    "threads": (
+        driver("load", return_value=(1, 1, 0, 0, 64)),
+        NO_KERNEL.format("OutOfResources.*threads"),
+    ),
 }
-# What is no fault of Triton's comes through, and may pass.
-PASSING: dict[str, Fault] = {
-    "memory": driver(load_binary=raising(RuntimeError("Triton Error [CUDA]: out of memory"))),
-    "capture": driver(load_binary=raising(RuntimeError("not permitted when capturing"))),
-    "interrupt": driver(load_binary=raising(KeyboardInterrupt("interrupted"))),
-    "launch": failing_launch,
+# What is no fault of Triton's comes through, when the driver loads or launches a kernel.
+PASSING: dict[str, tuple[str, BaseException]] = {
+    "memory": ("load", RuntimeError("Triton Error [CUDA]: out of memory")),
+    "capture": ("load", RuntimeError("not permitted when capturing")),
+    "interrupt": ("load", KeyboardInterrupt("interrupted")),
+    "launch": ("launch", RuntimeError("unspecified launch failure")),
 }
 
 
-def operands(rows: int, *, masked: bool = False) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    input, target, inside, outside = (
-        torch.randn(rows, columns, generator=generator) for columns in (4, 4, 1, 4)
-    )
-    return [input, target, inside > 0 if masked else inside, outside]
+def step(name: str, function: Loss = smooth_l1_loss) -> list[Tensor]:
+    operands, options = call(name, 9)
+    return results(function, operands, 3.0, **options)
 
 
-def step(rows: int, masked: bool, reduction: Reduction) -> Callable[[], list[Tensor]]:
-    """Return what computes a loss and a gradient."""
-
-    def compute() -> list[Tensor]:
-        values = operands(rows, masked=masked)
-        values[0].requires_grad_()
-        loss = smooth_l1_loss(*values, sigma=2.0, reduction=reduction)
-        return [loss.detach(), *torch.autograd.grad(loss, values[:1], torch.full_like(loss, 3.0))]
-
-    return compute
+def compiled() -> list[Tensor]:
+    """Compute in compiled graphs, whose generated code has no names."""
+    torch._dynamo.reset()
+    graph = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)
+    return step("float32 row and column weights, all gradients", graph)
 
 
-def without_gradient() -> list[Tensor]:
-    with torch.no_grad():
-        return [smooth_l1_loss(*operands(9))]
+def gradients(name: str) -> list[Tensor]:
+    """Compute them after a loss that a stand-in for a GPU may have computed."""
+    return step(name)[1:]
 
 
-def operator() -> list[Tensor]:
+def product() -> Any:
+    backend, gradient = dispatch.backend_on(torch.device("cpu")), torch.ones(1 << 20)
+    return backend.scale((gradient, *NO_GRADIENTS[1:]), torch.tensor(3.0))
+
+
+def operators() -> None:
     """Call the operators as a compiled graph does, with a transition point that is a tensor.
 
     Such a graph relies on the strides that it was told when it was compiled.
     """
-    input, target = torch.randn(3, 5, 2).permute(2, 0, 1).requires_grad_(), torch.randn(2, 3, 5)
-    mask = torch.randn(2, 1, 5) > 0
+    input, target, mask = boxes((2, 3, 5), coin(2, 1, 5), grad=0)
+    input = input.permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()
     problem = make_problem(input.detach(), target, mask, beta=torch.tensor(0.5), reduce=False)
-    (losses, *_), upstream = ops.FORWARD(*problem, *NO_NEEDS), torch.ones_like(target)
-    gradient, *_ = ops.BACKWARD(upstream, *problem, True, False, False, False, False)
+    losses, *_ = ops.FORWARD(*problem, *NO_NEEDS)
+    gradient, *_ = ops.BACKWARD(torch.ones_like(losses), *problem, True, *NO_NEEDS[1:])
     assert losses.stride() == gradient.stride() == input.stride()
-    right = F.smooth_l1_loss(input, target, beta=0.5, reduction="none") * mask
-    torch.testing.assert_close(losses, right.detach())
-    torch.testing.assert_close(gradient, torch.autograd.grad(right, input, upstream)[0])
-    return []
+    right = results(composed, [input, target, mask], beta=0.5, reduction="none")
+    assert_close([losses, gradient], right)
 
 
-def compiled() -> list[Tensor]:
-    """Compute them in compiled graphs, whose generated code has no names."""
-    input, *others = operands(9)
-    input.requires_grad_()
-    torch._dynamo.reset()
-    loss = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)(input, *others)
-    return [loss.detach(), *torch.autograd.grad(loss, input)]
+def in_threads() -> list[Any]:
+    start, operands = threading.Barrier(8), boxes(9)
+
+    def work(_: int) -> list[Tensor]:
+        start.wait()
+        return results(smooth_l1_loss, operands)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(work, range(8)))
 
 
 # Their kernels differ, and those of their backward passes.
-CALLS = (
-    step(9, False, "mean"),
-    step(9, False, "none"),
-    step(9, True, "sum"),
-    step(1 << 18, False, "sum"),  # so large that a kernel multiplies the gradient
-    without_gradient,
-    operator,
-)
+STEPS: list[Step] = [
+    partial(step, "float32 dense"),
+    partial(step, "float32 dense, elementwise"),
+    partial(step, "float32 row mask, int64 normalizer"),
+    partial(step, "float32 slice of columns, no gradient"),
+    in_threads,
+    operators,
+]
+LATE = "float64 dense, all gradients", "bfloat16 row mask, float32 normalizer"
+STEPS_OF_KERNELS: list[Step] = [*(partial(gradients, name) for name in LATE), product, compiled]
 
 
-@contextmanager
-def chosen(choice: str) -> Iterator[list[str]]:
-    """Choose a backend; yield the warnings."""
-    os.environ["FUSED_SMOOTHL1_BACKEND"] = choice
-    dispatch._backends.clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("ignore")
-        warnings.filterwarnings("always", "fused_smoothl1")
-        told: list[str] = []
-        yield told
-        told += [f"{one.category.__name__}: {one.message}" for one in caught]
-    dispatch._backends.clear()
+def training_goes_on(name: str, folder: Path) -> None:
+    """In eager PyTorch, with one warning; where the kernel was asked for, each call is refused."""
+    of_kernels = name in OF_KERNELS
+    steps = STEPS + STEPS_OF_KERNELS if of_kernels else STEPS
+
+    def result(step: Step) -> Any:
+        torch.manual_seed(0)
+        return step()
+
+    with backend_set("eager"):
+        expected = [result(step) for step in steps]
+    with stand_in.gpu() if of_kernels else stand_in.tensors_on_gpu():
+        if of_kernels:
+            # The fault may come after the kernel of a forward pass was loaded.
+            with backend_set("triton"):
+                for late in LATE:
+                    operands, options = call(late, 9)
+                    smooth_l1_loss(*operands, **options)
+        arise, why = (OF_TRITON | OF_KERNELS)[name]
+        arise(folder)
+        told = f"^fused_smoothl1 computes in eager .* on cpu, because {why}.*; set FUSED_.*=eager"
+        for step, right in zip(steps, expected, strict=True):
+            # Whichever is the first, it warns, and no other does.
+            with backend_set("auto"), pytest.warns(RuntimeWarning, match=told) as caught:
+                assert_close([result(step), result(step)], [right, right], equal_nan=True)
+            assert ["fused_smoothl1" in str(one.message) for one in caught].count(True) == 1
+            with backend_set("triton"):
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match=f"FUSED_.*=triton, but {why}"):
+                        result(step)
 
 
-def in_threads(number: int) -> None:
-    """Make a call in so many threads at once."""
-    start = threading.Barrier(number)
-
-    def work() -> None:
-        start.wait()
-        smooth_l1_loss(*operands(9))
-
-    threads = [threading.Thread(target=work) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def comes_through(name: str, folder: Path) -> None:
+    """And the kernel is taken again."""
+    function, error = PASSING[name]
+    loaded = 1, 1, 0, 0, 1024
+    with stand_in.gpu(), backend_set("auto"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        driver(function, side_effect=chain([error], repeat(loaded)))(folder)
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            step("float32 dense")
+        step("float32 dense")
 
 
-def gradients(between: Callable[[], Any]) -> list[Tensor]:
-    """Return gradients where something happens between the forward passes and the backward passes.
-
-    Of losses, of a sum under a mask, and a large one that is multiplied; none knows of the others.
-    """
-    # (Of another dtype than all other calls, whose kernels must not have been loaded yet.)
-    several = [
-        [t.double() if t.is_floating_point() else t for t in operands(9, masked=masked)]
-        for masked in (False, True)
-    ]
-    reductions: tuple[Reduction, ...] = ("none", "sum")
-    losses = [
-        smooth_l1_loss(values[0].requires_grad_(), *values[1:], reduction=reduction)
-        for values, reduction in zip(several, reductions, strict=True)
-    ]
-    found = [torch.ones(1 << 20)]
-    backend = dispatch.backend_on(found[0].device)
-    between()
-    backend.scale((found[0], *NO_GRADIENTS[1:]), torch.tensor(3.0))
-    for loss, values in zip(losses, several, strict=True):
-        dispatch._backends.clear()
-        found += torch.autograd.grad(loss, values[:1], torch.full_like(loss, 3.0))
-    return found
-
-
-def refusals(calls: list[Callable[[], Any]]) -> list[str]:
-    """Return what calls raise."""
-    found = []
-    for call in calls:
+def found_under(name: str) -> str:
+    """Return what is not as it must be under a fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = f"{folder}/cache"
         try:
-            call()
-        except BaseException as error:
-            found.append(f"{type(error).__name__}: {error}")
-        else:
-            found.append("nothing")
-    return found
+            check = comes_through if name in PASSING else training_goes_on
+            check(name, Path(folder))
+        except BaseException:
+            return traceback.format_exc()
+    return ""
 
 
-def of_triton(name: str, folder: Path) -> dict[str, Any]:
-    """Return what happens under a fault of Triton's."""
-    is_of_kernels = name in OF_KERNELS
-    fault = (OF_TRITON | OF_KERNELS)[name]
-    calls = [*CALLS, compiled] if is_of_kernels else CALLS
-    with chosen("eager"):
-        expected = [call() for call in calls]
-        of_backward = gradients(lambda: None)
-    told: dict[str, Any] = {}
-    with stand_in.gpu() if is_of_kernels else stand_in.tensors_on_gpu():
-        if is_of_kernels:
-            # (The fault comes after kernels that were compiled and loaded.)
-            with chosen("auto") as told["in backward"]:
-                found = gradients(lambda: fault(folder))
-            torch.testing.assert_close(found, of_backward)
-        else:
-            fault(folder)
-        told["first"] = []
-        for call, right in zip(calls, expected, strict=True):
-            with chosen("auto") as warned:
-                # Whichever is the first, it warns, and no other does.
-                torch.testing.assert_close([call(), call()], [right, right])
-            told["first"].append(warned)
-        with chosen("auto") as told["in threads"]:
-            in_threads(8)
-        with chosen("triton"):
-            told["refusals"] = refusals([*calls, *calls])
-    return told
-
-
-def passing(name: str, folder: Path) -> dict[str, Any]:
-    """Return what comes through, and what does the next time."""
-    with stand_in.gpu(), chosen("auto") as warned:
-        from triton.runtime import driver
-
-        before = dict(vars(driver.active.utils))
-        PASSING[name](folder)
-        first = refusals([lambda: smooth_l1_loss(*operands(9))])
-        vars(driver.active.utils).update(before)
-        then = refusals([lambda: smooth_l1_loss(*operands(9))])
-    return {"refusals": first + then, "warnings": warned}
-
-
-def isolated(name: str) -> dict[str, Any]:
-    """Return what happens under a fault, in a process of its own."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        process = os.fork()
-        if not process:
-            os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-            try:
-                told = (passing if name in PASSING else of_triton)(name, folder)
-            except BaseException:
-                told = {"raised": traceback.format_exc()}
-            (folder / "told").write_text(json.dumps(told))
-            os._exit(0)
-        os.waitpid(process, 0)
-        found: dict[str, Any] = json.loads((folder / "told").read_text())
-    return found
-
-
+FAULTS = [*OF_TRITON, *OF_KERNELS, *PASSING]
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.update(stand_in.ENVIRONMENT)
-    print(json.dumps({name: isolated(name) for name in (*OF_TRITON, *OF_KERNELS, *PASSING)}))
+    # Each has a process of its own.
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        told = pool.map(found_under, FAULTS, chunksize=1)
+    print(json.dumps(dict(zip(FAULTS, told, strict=True))))

@@ -1,111 +1,247 @@
-"""Which backend computes, and that the package needs no Triton to be imported or to work.
+"""Which backend computes on which device; and that the package works without Triton.
 
-What depends on the state of a fresh interpreter (what is imported, what can be) runs in one.
+A device object needs no device: what the dispatch asks about one is replaced. What depends on the
+state of a fresh interpreter (what is imported, what can be) runs in one.
 """
 
 import importlib.resources
-import os
-import subprocess
 import sys
-from pathlib import Path
+import warnings
+from collections.abc import Iterator
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import fused_smoothl1
-from fused_smoothl1 import smooth_l1_loss
-from tests.conftest import HAS_INTERPRETER, HAS_TRITON, NO_INTERPRETER
-from tests.support import backend_set, gaussian
+from fused_smoothl1 import SmoothL1Loss, dispatch, eager, smooth_l1_loss
+from tests.support import (
+    DEVICE,
+    HAS_GPU,
+    HAS_TRITON,
+    Loss,
+    assert_equal,
+    backend_set,
+    boxes,
+    needs_triton,
+    on_kernel,
+    results,
+    run_python,
+)
 
-ROOT = Path(__file__).parent.parent
-NO_TRITON = "import sys; sys.modules['triton'] = None\n"
-USE = """
-import torch
-from fused_smoothl1 import smooth_l1_loss
-a = torch.randn(6, 4, requires_grad=True)
-loss = smooth_l1_loss(a, torch.zeros(6, 4), sigma=3.0)
-loss.backward()
-assert a.grad is not None and a.grad.count_nonzero() == 24
-"""
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
-
-
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that sees no GPU and none of this run's settings."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FUSED_"))}
-    kept |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=kept,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+OTHERS = "mps", "hpu", "xla", "mtia", "privateuseone", "vulkan"
 
 
-def _succeeds(code: str, **environment: str) -> None:
-    result = _python(code, **environment)
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """What every GPU says of itself: one that Triton serves, unless the test changes it."""
+    gpu = SimpleNamespace(capability=(9, 0), has_fp64=True, hip=None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu.capability)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda *_: gpu)
+    monkeypatch.setattr(torch, "version", gpu)
+    if HAS_TRITON:
+        from fused_smoothl1 import launch  # noqa: F401 (It keeps the function that it finds.)
+
+        monkeypatch.setattr("fused_smoothl1.launcher.gpu_of", lambda _: None)
+    with backend_set(None):
+        yield gpu
 
 
-def _both(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return gaussian(6, 4, seed=1, device=device), gaussian(6, 4, seed=2, device=device)
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(fused_smoothl1, "launch", raising=False)
+    monkeypatch.delitem(sys.modules, "fused_smoothl1.launch", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+def _backend(device: str) -> Any:
+    """Return the backend of this device, with any warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return dispatch.backend_on(torch.device(device))
+
+
+@needs_triton
+@pytest.mark.parametrize("choice", ["auto", "triton", None])
+@pytest.mark.parametrize(
+    ("device", "facts"),
+    [
+        *(("cuda", {"capability": c}) for c in [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("cuda:1", {"hip": "6.4", "capability": (0, 0)}),  # ROCm calls its devices "cuda" too.
+        ("cuda", {"has_fp64": False}),  # which only Intel's GPUs are asked for
+        ("xpu:0", {"capability": (0, 0)}),  # which only NVIDIA's are asked for
+        ("xpu", {}),
+    ],
+)
+def test_kernel(
+    device: str, facts: dict[str, Any], choice: str | None, gpu: SimpleNamespace
+) -> None:
+    vars(gpu).update(facts)
+    with backend_set(choice):
+        assert _backend(device) is not eager
+
+
+@pytest.mark.parametrize(
+    ("choice", "device"),
+    [
+        *product(["auto", None], ["cpu", "meta", *OTHERS]),
+        *product(["eager"], ["cuda", "xpu", "mps", "cpu"]),
+    ],
+)
+def test_eager(choice: str | None, device: str, gpu: SimpleNamespace, no_triton: None) -> None:
+    """Where nobody expects the kernel, nothing is said of what there is not for it."""
+    gpu.capability, gpu.has_fp64 = (6, 1), False
+    with backend_set(choice):
+        assert _backend(device) is eager
+
+
+def _is_refused_with_reason(device: str, *words: str) -> None:
+    """Check the one warning under auto, where the work is done, and each error under triton."""
+    with pytest.warns(RuntimeWarning, match=rf"eager.*{device}") as caught:
+        assert [dispatch.backend_on(torch.device(device)) for _ in range(3)] == [eager] * 3
+    messages = [str(warning.message) for warning in caught]
+    with backend_set("triton"):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="FUSED_SMOOTHL1_BACKEND=triton") as refusal:
+                dispatch.backend_on(torch.device(device))
+            messages.append(str(refusal.value))
+    assert len(messages) == 3
+    assert all(word in message for word in words for message in messages)
+
+
+@pytest.mark.parametrize("capability", [(3, 7), (6, 1), (7, 0), (7, 2)])
+def test_too_old(capability: tuple[int, int], gpu: SimpleNamespace) -> None:
+    gpu.capability = capability
+    _is_refused_with_reason("cuda:0", f"7.5, and cuda:0 has {capability}")
+
+
+def test_no_float64(gpu: SimpleNamespace) -> None:
+    """Some of Intel's GPUs have none, and the kernel adds up in it."""
+    gpu.has_fp64 = False
+    _is_refused_with_reason("xpu:0", "float64, which xpu:0 does not have")
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])
+def test_no_triton(device: str, gpu: SimpleNamespace, no_triton: None) -> None:
+    _is_refused_with_reason(device, "Triton is not installed", "reinstall")
+
+
+@needs_triton
+def test_each_gpu_for_itself(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may hold an old GPU beside a new one."""
+    capabilities = (6, 1), (8, 6)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
+    devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+    with pytest.warns(RuntimeWarning, match="cuda:0") as caught:
+        backends = [dispatch.backend_on(device) for device in devices]
+    assert [backend is eager for backend in backends] == [True, False] * 2
+    assert len(caught) == 1
+
+
+def test_triton_on_a_device_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused, with the way there; where nothing is computed, nothing has to be compiled."""
+    if HAS_TRITON:
+        monkeypatch.setattr("fused_smoothl1.launch.INTERPRETED", False)
+    way_there = "TRITON_INTERPRET=1" if HAS_TRITON else "install"
+    with backend_set("triton"):
+        for device in ("mps", "cpu"):
+            with pytest.raises(RuntimeError, match=f"{device}.*{way_there}"):
+                dispatch.backend_on(torch.device(device))
+        assert _backend("meta") is eager
+
+
+@pytest.mark.parametrize("loss", [smooth_l1_loss, SmoothL1Loss()])
+def test_fallback(loss: Loss, no_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results are those of eager PyTorch, and the warning names the line of the caller."""
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
+    operands = boxes(6)
+    with backend_set("eager"):
+        expected = results(loss, operands)
+    with backend_set("auto"), warnings.catch_warnings(record=True) as caught:
+        found = [results(lambda *given: loss(*given), operands) for _ in range(2)]
+    assert_equal(found, [expected] * 2)
+    assert [(warning.category, warning.filename) for warning in caught] == [
+        (RuntimeWarning, __file__)
+    ]
+
+
+@pytest.mark.parametrize("value", ["Triton", "cuda", "", "1", "eager "])
+def test_unknown_backend(value: str) -> None:
+    with backend_set(value):
+        for size in (0, 4, 4):
+            with pytest.raises(ValueError, match="FUSED_SMOOTHL1_BACKEND") as caught:
+                smooth_l1_loss(*boxes(size))
+            for word in ("auto", "eager", "triton", repr(value)):
+                assert word in str(caught.value)
+
+
+@on_kernel
+def test_environment_is_read_at_the_first_call(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes it off the path of every other call: a look-up costs more than a check."""
+    for number, choice in enumerate(("triton", "eager", "auto"), start=1):
+        monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", choice)
+        smooth_l1_loss(*boxes(6))
+        assert len(launches) == number
+
+
+@on_kernel
+def test_auto_follows_the_device(launches: list[str]) -> None:
+    with backend_set("auto"):
+        smooth_l1_loss(*boxes(6))
+        assert len(launches) == HAS_GPU
+        smooth_l1_loss(*(operand.cpu() for operand in boxes(6)))
+        assert len(launches) == HAS_GPU
+
+
+@on_kernel
+def test_backward_takes_the_backend_of_its_forward(launches: list[str]) -> None:
+    loss = smooth_l1_loss(*boxes(6), reduction="none")
+    with backend_set("eager"):
+        loss.backward(torch.ones((6, 4), device=DEVICE))
+    assert len(launches) == 2
 
 
 def test_public_face() -> None:
     assert set(fused_smoothl1.__all__) >= {"smooth_l1_loss", "SmoothL1Loss"}
+    assert all(getattr(fused_smoothl1, name) is not None for name in fused_smoothl1.__all__)
     assert fused_smoothl1.__version__[0].isdigit()
     assert importlib.resources.files("fused_smoothl1").joinpath("py.typed").is_file()
-    for name in fused_smoothl1.__all__:
-        assert getattr(fused_smoothl1, name) is not None
 
 
 def test_docstring_states_the_decisions() -> None:
     """Whoever reads help() finds each decision of the contract."""
-    text = smooth_l1_loss.__doc__ or ""
-    words = ["sigma", "beta", "batchmean", "normalizer", "mask", "bool", "uint8", "NaN", "empty"]
-    words += ["float16", "float32", "ValueError", "TypeError", "FUSED_SMOOTHL1_BACKEND"]
-    for word in words:
-        assert word in text, f"the docstring does not speak of {word}"
-    assert fused_smoothl1.SmoothL1Loss.__doc__
+    words = "sigma beta batchmean normalizer mask bool uint8 NaN empty float16 float32 ValueError"
+    for word in [*words.split(), "TypeError", "FUSED_SMOOTHL1_BACKEND"]:
+        assert word in (smooth_l1_loss.__doc__ or ""), f"the docstring does not speak of {word}"
+    assert SmoothL1Loss.__doc__
 
 
-def test_import_has_no_side_effects() -> None:
-    """And can be repeated, which a notebook may do; the operators are defined anew then."""
-    _succeeds(
-        """
+IMPORT = """
 import os, sys, torch
 before, modules, threads = dict(os.environ), set(sys.modules), torch.get_num_threads()
-had_triton = "triton" in sys.modules
 import fused_smoothl1
-assert had_triton or "triton" not in sys.modules
-new = {m.split(".")[0] for m in set(sys.modules) - modules}
+new = {name.split(".")[0] for name in set(sys.modules) - modules}
 assert not new & {"numpy", "triton", "hypothesis", "sklearn"}, new
 assert dict(os.environ) == before
 assert torch.get_num_threads() == threads
 assert torch.get_default_dtype() == torch.float32
-for module in [m for m in sys.modules if m.startswith("fused_smoothl1")]:
-    del sys.modules[module]
+# A notebook may import it again; the operators are defined anew then.
+for name in [name for name in sys.modules if name.startswith("fused_smoothl1")]:
+    del sys.modules[name]
 import fused_smoothl1
 for name in ("forward", "backward"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_smoothl1::{name}", "Autograd")
+input = torch.randn(6, 4, requires_grad=True)
+fused_smoothl1.smooth_l1_loss(input, torch.zeros(6, 4), sigma=3.0).backward()
+assert "triton" in modules or "triton" not in sys.modules
+assert "fused_smoothl1.kernel" not in sys.modules
 """
-    )
-
-
-def test_use_on_the_cpu_does_not_import_triton() -> None:
-    _succeeds(
-        "import sys, torch; had = 'triton' in sys.modules\n"
-        + USE
-        + "assert had or 'triton' not in sys.modules"
-    )
-
-
-def test_rules_of_dtensor_are_registered_where_it_is_in_use() -> None:
-    """To import it takes a second, which nobody else should wait for."""
-    _succeeds(
-        """
+# To import PyTorch's DTensor takes a second, which nobody else should wait for.
+RULES_OF_DTENSOR = """
 import sys, torch
 from fused_smoothl1 import functional
 functional.is_eager = lambda device: device.type == "cpu"
@@ -117,81 +253,10 @@ assert "fused_smoothl1.sharding" not in sys.modules
 functional._load_sharding(torch.device("cuda"))
 assert "fused_smoothl1.sharding" in sys.modules
 """
-    )
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
-def test_works_where_triton_cannot_be_imported(choice: str) -> None:
-    _succeeds(NO_TRITON + USE, FUSED_SMOOTHL1_BACKEND=choice)
-
-
-def test_triton_without_triton_says_so() -> None:
-    result = _python(NO_TRITON + USE, FUSED_SMOOTHL1_BACKEND="triton")
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError")
-    assert "FUSED_SMOOTHL1_BACKEND" in last
-    assert "install" in last
-
-
-@needs_triton
-def test_triton_on_the_cpu_without_the_interpreter_says_how() -> None:
-    result = _python(USE, FUSED_SMOOTHL1_BACKEND="triton")
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError")
-    assert "TRITON_INTERPRET=1" in last
-    assert "cpu" in last
-
-
-@pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER)
-def test_triton_on_the_cpu_with_the_interpreter() -> None:
-    _succeeds(USE, FUSED_SMOOTHL1_BACKEND="triton", TRITON_INTERPRET="1")
-
-
-@needs_triton
-def test_auto_on_the_cpu_under_the_interpreter_is_eager() -> None:
-    """TRITON_INTERPRET is somebody's debugging of another kernel; ours stays fast."""
-    code = "import sys\n" + USE + "assert 'fused_smoothl1.kernel' not in sys.modules"
-    _succeeds(code, TRITON_INTERPRET="1")
-
-
-@pytest.mark.parametrize("value", ["Triton", "cuda", "", "1", "eager "])
-@pytest.mark.parametrize("size", [0, 4])
-def test_unknown_backend(size: int, value: str, device: str) -> None:
-    input = torch.zeros(size, device=device)
-    with backend_set(value):
-        for _ in range(2):
-            with pytest.raises(ValueError, match="FUSED_SMOOTHL1_BACKEND") as caught:
-                smooth_l1_loss(input, input)
-            for word in ("auto", "eager", "triton", repr(value)):
-                assert word in str(caught.value)
-
-
-def test_environment_is_read_at_the_first_call(
-    device: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which takes it off the path of every other call: a look-up costs more than a check."""
-    input, target = _both(device)
-    for choice, expected in (("triton", 1), ("eager", 2), ("auto", 3)):
-        monkeypatch.setenv("FUSED_SMOOTHL1_BACKEND", choice)
-        smooth_l1_loss(input, target)
-        assert len(launches) == expected
-
-
-@pytest.mark.parametrize("choice", ["auto", None])
-def test_auto_follows_the_device(choice: str | None, device: str, launches: list[str]) -> None:
-    with backend_set(choice):
-        smooth_l1_loss(*_both(device))
-        assert len(launches) == (1 if device == "cuda" else 0)
-        launches.clear()
-        smooth_l1_loss(*_both("cpu"))
-        assert launches == []
-
-
-def test_backward_takes_the_backend_of_its_forward(device: str, launches: list[str]) -> None:
-    input, target = _both(device)
-    loss = smooth_l1_loss(input.requires_grad_(), target, reduction="none")
-    with backend_set("eager"):
-        loss.backward(torch.ones_like(loss))
-    assert len(launches) == 2
+@pytest.mark.parametrize("code", [IMPORT, RULES_OF_DTENSOR], ids=["package", "rules of DTensor"])
+def test_nothing_is_imported_before_it_is_needed(code: str) -> None:
+    """Nor Triton on a CPU, though its interpreter is on, for the debugging of another kernel."""
+    done = run_python("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
