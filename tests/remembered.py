@@ -1,18 +1,18 @@
-"""What is launched again without Triton, against what Triton would launch: run by its tests.
+"""A compiled kernel is launched again without Triton, and only where Triton would launch the same.
 
     python -m tests.remembered TARGET
 
 This process has Triton's own launcher, not its interpreter, on a stand-in for a GPU. Compilation is
-left out: each kind of code that Triton asks for is an object of its own. What was found is printed
-as JSON, for `test_remembered.py`.
+left out: each kind of code that Triton asks for is an object of its own. `test_remembered.py` runs
+it.
 """
 
-import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, product
+from math import prod
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -20,9 +20,14 @@ import torch
 from torch import Tensor
 
 from bench import stand_in
+from bench.codegen.calls import Call, Operand, calls
+from fused_smoothl1 import smooth_l1_loss
+from tests.support import trained
 
 Step = Callable[[], object]
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = "float32", "bfloat16", "float16", "float64"
+# Memory that is never touched is never there. These bytes are beyond the reach of 32-bit offsets.
+FAR = torch.empty(2**31 + 2**22, dtype=torch.uint8)
 
 
 class Compiled:
@@ -54,82 +59,74 @@ class Compiled:
 made: list[Compiled] = []
 
 
-def boxes(rows: int, columns: int = 4, dtype: torch.dtype = torch.float32, skip: int = 0) -> Tensor:
-    """Return boxes that begin so many elements behind an address that 16 divides."""
-    return torch.zeros(rows * columns + skip, dtype=dtype)[skip:].view(rows, columns)
+def step(call: Call, number: int = -1, skip: int = 0, far: bool = False) -> Step:
+    """Return the call with its backward pass.
 
+    The tensor of this number lies so many elements behind an address that 16 divides, or in a large
+    storage.
+    """
+    numbers = count()
 
-def steps() -> Iterator[Step]:
-    """Yield calls that differ in one of the facts that Triton specialises by, or in several."""
-    for dtypes in product(FLOATS, repeat=2):
-        yield step(*(boxes(32, dtype=dtype) for dtype in dtypes))
-    for position, skip in product(range(4), (1, 2, 4)):
-        operands = [boxes(300, skip=skip if i == position else 0) for i in range(4)]
-        for reduction in ("mean", "none"):
-            yield step(*operands, reduction=reduction, wanted=4)
-            yield step(*operands, reduction=reduction)
-    for dtype in (*FLOATS, torch.bool, torch.uint8, torch.int64):
-        weights = torch.ones(300, 1).to(dtype)
-        for pair in ([weights], [None, weights], [weights, weights.expand(300, 4)]):
-            yield step(boxes(300), boxes(300), *pair, reduction="sum")
-    for dtype in (torch.float32, torch.int64, torch.float64):
-        yield step(boxes(9), boxes(9), reduction="sum", normalizer=torch.ones((), dtype=dtype))
-    for rows, columns in product((1, 2, 15, 16, 17, 32, 1000, 4096), (1, 3, 4, 5, 16, 32)):
-        weights = torch.ones(rows, 1)
-        yield step(boxes(rows, columns), boxes(rows, columns), weights)
-        yield step(boxes(rows, columns), boxes(rows, columns), weights > 0, torch.ones(columns))
-        yield step(boxes(rows, 2 * columns)[:, ::2], boxes(columns, rows).t())
-    for rows in (16, 17, 300):
-        for upstream in (
-            torch.ones(rows, 1).expand(rows, 4),
-            torch.ones(rows, 8)[:, :4],
-            torch.ones(4, rows).t(),
-            torch.ones(()).expand(rows, 4),
-            torch.ones(4 * rows + 1)[1:].view(rows, 4),
-        ):
-            yield step(boxes(rows), boxes(rows), reduction="none", upstream=upstream)
-    for wanted in (1, 2):  # of a large gradient, and of two: they are scaled by a kernel
-        for dtype, skip in product((torch.float32, torch.bfloat16), (0, 1)):
-            large = [boxes(1 << 18, dtype=dtype, skip=skip) for _ in range(2)]
-            yield step(*large, wanted=wanted)
-            yield step(*large, wanted=wanted, upstream=torch.ones(2)[1])
+    def make(*shape: int, dtype: str) -> Tensor:
+        kind = getattr(torch, dtype)
+        is_it = next(numbers) == number
+        first, size = is_it * skip * kind.itemsize, prod(shape) * kind.itemsize
+        memory = FAR if far and is_it else torch.empty(first + size, dtype=torch.uint8)
+        return memory[first : first + size].view(kind).view(shape)
 
-    # Memory that is never touched is never there.
-    far = torch.empty(2**29 + 1200)  # Its bytes are beyond the reach of 32-bit offsets.
-    for position in range(2):
-        yield step(*(far[:1200].view(300, 4) if i == position else boxes(300) for i in range(2)))
-    for rows, stride in ((3, 2**30 + 16), (2, 2**31 + 16)):
-        last = torch.empty((rows - 1) * stride + 4).as_strided((rows, 4), (stride, 1))
-        yield step(boxes(rows), last)
-    for numel in (2**31 - 2048, 2**31 - 512, 2**31 + 16):
-        yield step(*(torch.empty(numel, dtype=torch.bfloat16) for _ in range(2)))
-
-
-def step(
-    *operands: Tensor | None, wanted: int = 1, upstream: Tensor | None = None, **options: Any
-) -> Step:
-    """Return the call, and its backward pass if gradients are wanted."""
-    from fused_smoothl1 import smooth_l1_loss
-
-    required = [t.detach().requires_grad_() for t in operands[:wanted] if t is not None]
+    operands, options = call.bind(make)
 
     def run() -> None:
-        loss = smooth_l1_loss(*required, *operands[wanted:], **options)
-        if not wanted:
-            return
-        above = torch.ones_like(loss) if upstream is None else upstream
-        torch.autograd.grad(loss, required, above.to(loss.dtype))
+        loss = smooth_l1_loss(*operands, **options)
+        if wanted := trained(operands, options):
+            torch.autograd.grad(loss, wanted, call.upstream(torch.empty_like(loss)))
 
     return run
 
 
-def feature_maps(count: int) -> Iterator[Step]:
+def special() -> Iterator[Call]:
+    """Yield calls that differ in what the catalogue does not vary."""
+    boxes = 2 * (Operand((300, 4)),)
+    for dtypes in product(FLOATS, repeat=2):
+        yield Call("", tuple(Operand((32, 4), dtype) for dtype in dtypes))
+    for dtype in (*FLOATS, "bool", "uint8", "int64"):
+        weights = Operand((300, 1), dtype), Operand((300, 4), dtype)
+        yield Call("", (*boxes, *weights), reduction="sum")
+        yield Call("", (*boxes, weights[0]), reduction="sum", normalizer=dtype)
+    for rows, columns in product((1, 16, 17, 1000), (1, 3, 16, 32)):
+        every_other = Operand((rows, 2 * columns), view=lambda wide: wide[:, ::2])
+        transposed = Operand((columns, rows), view=lambda turned: turned.t())
+        row, column = Operand((rows, 1)), Operand((columns,))
+        yield Call("", (Operand((rows, columns)), Operand((rows, columns)), row, column))
+        yield Call("", (every_other, transposed, row._replace(dtype="bool")))
+    yield Call("", boxes, reduction="none", upstream=lambda g: g.new_ones(()).expand_as(g))
+    yield Call("", boxes, reduction="none", upstream=lambda g: g.new_ones(1201)[1:].view_as(g))
+    yield Call("", 2 * (Operand((1 << 20,)),), upstream=lambda g: g.new_ones(2)[1])
+    for rows, stride in ((3, 2**30 + 16), (2, 2**31 + 16)):
+        far = Operand((rows, stride), "float16", view=lambda long: long[:, :4])
+        yield Call("", (Operand((rows, 4)), far))
+    for numel in (2**31 - 2048, 2**31 - 512, 2**31 + 16):
+        yield Call("", 2 * (Operand((numel,), "bfloat16"),))
+
+
+def steps() -> Iterator[Step]:
+    """Yield calls that differ in one of the facts that Triton specialises by, or in several."""
+    for rows in (1, 2, 15, 16, 17, 1000, 1 << 18):
+        yield from map(step, calls(rows))
+    for call, number in product(calls(300), range(5)):
+        for skip in (1, 2, 4):
+            yield step(call, number, skip)
+        yield step(call, number, far=True)
+    yield from map(step, special())
+
+
+def feature_maps(number: int) -> Iterator[Step]:
     """Yield calls on feature maps of random sizes under a mask of pixels."""
     chance = random.Random(0)
-    for _ in range(count):
+    for _ in range(number):
         batch, height, width = (chance.randint(*sizes) for sizes in ((1, 8), (8, 200), (8, 200)))
-        maps = [torch.empty(batch, 36, height, width) for _ in range(2)]
-        yield step(*maps, torch.ones(batch, 1, height, width, dtype=torch.bool), wanted=0)
+        maps = 2 * (Operand((batch, 36, height, width)),)
+        yield step(Call("", (*maps, Operand((batch, 1, height, width), "bool")), wanted=0))
 
 
 def flat(arguments: Any) -> list[Any]:
@@ -139,122 +136,103 @@ def flat(arguments: Any) -> list[Any]:
     return [arguments.data_ptr() if isinstance(arguments, Tensor) else arguments]
 
 
-class Watch:
-    """Compares each launch with Triton's own."""
-
-    def __init__(self) -> None:
-        from fused_smoothl1.launcher import Code
-
-        self.original = Code.launch
-        self.launches = self.by_triton = 0
-        self.wrong: list[str] = []
-
-    def launch(
-        self, code: Any, programs: int, stream: int, tensors: Any, addresses: Any, others: Any
-    ) -> None:
-        """Stand in for `Code.launch`."""
-        arguments = (*code.grouped(tensors), *others)
-        expected = code.kernel.warmup(*arguments, grid=(programs,), **code.options)
-        Compiled.run_with.clear()
-        self.launches += 1
-        self.by_triton += code.compiled is None
-        self.original(code, programs, stream, tensors, addresses, others)
-        launched = [(number, x, flat(own)) for number, x, own in Compiled.run_with]
-        if launched != [(expected.number, programs, flat(arguments))]:
-            self.wrong.append(f"{code.kernel.__name__}, {launched}, {expected.number}")
-
-
-def watched(run: Callable[[], object]) -> Watch:
-    """Run something, and compare its launches."""
-    from fused_smoothl1.launcher import Code
-
-    watch = Watch()
-    with mock.patch.object(Code, "launch", lambda *arguments: watch.launch(*arguments)):
-        run()
-    return watch
-
-
-def compiled_by(calls: Iterator[Step]) -> int:
-    """Return how many kinds of code calls need that no earlier one needed."""
-    before = len(made)
-    for call in calls:
-        call()
-    return len(made) - before
-
-
-def asked_of_triton(call: Step) -> int:
-    """Return how many launches of a call are Triton's own."""
+def run(steps: Iterable[Step]) -> tuple[int, int]:
+    """Return how many launches of calls are Triton's own, and how many kinds of code are new."""
     from triton.runtime.jit import JITFunction
 
-    asked: list[object] = []
-    original = JITFunction.run
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        asked.append(None)
-        return original(*arguments, **options)
-
-    with mock.patch.object(JITFunction, "run", run):
-        call()
-    return len(asked)
+    before, original = len(made), JITFunction.run
+    with mock.patch.object(JITFunction, "run", autospec=True, side_effect=original) as asked:
+        for one in steps:
+            one()
+    return asked.call_count, len(made) - before
 
 
-def compared(calls: list[Step]) -> dict[str, Any]:
-    """Make the calls, and tell of their launches."""
-    watch = watched(lambda: [call() for call in calls])
-    return {"launches": watch.launches, "by_triton": watch.by_triton, "wrong": watch.wrong}
+def compare(steps: list[Step]) -> tuple[int, int]:
+    """Hold each launch against Triton's own: the code, the number of programs and every argument.
+
+    Return how many there were, and how many of them were Triton's own.
+    """
+    from fused_smoothl1.launcher import Code
+
+    original, asked = Code.launch, []
+
+    def launch(code: Any, programs: int, stream: int, tensors: Any, *others: Any) -> None:
+        arguments = (*code.grouped(tensors), *others[1])
+        expected = code.kernel.warmup(*arguments, grid=(programs,), **code.options)
+        Compiled.run_with.clear()
+        asked.append(code.compiled is None)
+        original(code, programs, stream, tensors, *others)
+        launched = [(number, x, flat(own)) for number, x, own in Compiled.run_with]
+        assert launched == [(expected.number, programs, flat(arguments))], code.kernel.__name__
+
+    with mock.patch.object(Code, "launch", launch):
+        for one in steps:
+            one()
+    return len(asked), sum(asked)
 
 
-def main(target: str) -> None:
-    """Print what was found."""
-    os.environ.update(stand_in.ENVIRONMENT)
-    import triton.compiler
+def the_same_as_triton(launch: Any) -> None:
+    """Whatever came before; and Triton is asked once for each kind."""
+    every = list(steps())
+    random.Random(0).shuffle(every)
+    before = len(made)
+    launches, asked = compare(every)
+    assert launches > 1000
+    assert asked == len(made) - before > 200
+    assert compare(every) == (launches, 0)
+    for function in (launch._launch_of, launch._loss_code, launch._scale_code):
+        function.cache_clear()
+    # A version of Triton that has not all that is needed is asked for each launch.
+    with mock.patch("fused_smoothl1.launcher.LAUNCHED_WITH", ("run", "what no version has")):
+        assert [compare(every) for _ in range(2)] == [(launches, launches)] * 2
+
+
+def no_compilation_that_changes_nothing() -> None:
+    """The outermost size is not read, so it is not compiled in."""
+    boxes = [2 * (Operand((n, 4)),) + (Operand((n, 1), "bool"),) for n in (50, 17, 18, 32, 64, 255)]
+    first, *others = (step(Call("", one)) for one in boxes)
+    first()
+    assert run(others)[1] == 0
+    assert run(feature_maps(300))[1] <= 9
+
+
+def triton_is_asked_where_it_would_do_more(launch: Any) -> None:
+    """Hooks of profilers and of a kernel see each launch, and debugging compiles anew."""
     from triton import knobs
 
-    found: dict[str, Any] = {}
-    with mock.patch.object(triton.compiler, "compile", Compiled), stand_in.gpu(target) as launch:
-        from fused_smoothl1 import launcher
-
-        calls = list(steps())
-        random.Random(0).shuffle(calls)
-        found["first"], found["again"] = compared(calls), compared(calls)
-        found["kinds"] = len(made)
-
-        masked = [step(boxes(n), boxes(n), torch.ones(n, 1) > 0) for n in (50, 17, 18, 32, 64, 255)]
-        found["rows"] = [compiled_by(iter([call])) for call in masked]
-        found["feature_maps"] = compiled_by(feature_maps(300))
-
-        call = step(boxes(9), boxes(9), reduction="none")
+    call = step(Call("", 2 * (Operand((9, 4)),), reduction="none"))
+    call()
+    told: list[str] = []
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        hook = getattr(knobs.runtime, name)
+        hook.add(tell := lambda metadata, name=name: told.append(name))
         call()
-        told: list[str] = []
-        for name in ("launch_enter_hook", "launch_exit_hook"):
-            hook = getattr(knobs.runtime, name)
-            hook.add(tell := lambda metadata, name=name: told.append(name))
-            call()
-            hook.remove(tell)
-        call()
-        launch.smooth_l1_kernel.pre_run_hooks.append(lambda *_, **__: told.append("pre_run_hook"))
-        call()
-        launch.smooth_l1_kernel.pre_run_hooks.clear()
-        call()
-        found["told"] = told
-        with mock.patch.object(knobs.runtime, "debug", True):
-            found["debug"] = [compiled_by(iter([call])) for _ in range(2)]
-        found["asked"] = {"nothing": asked_of_triton(call)}
-        for group, name, value in (
-            (knobs.runtime, "debug", True),
-            (knobs.compilation, "instrumentation_mode", "some"),
-            (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash")),
-        ):
-            with mock.patch.object(group, name, value, create=True):  # Triton 3.5 has not all.
-                found["asked"][name] = asked_of_triton(call)
-
-        launch._launch_of.cache_clear()
-        launch._loss_code.cache_clear()
-        launch._scale_code.cache_clear()
-        with mock.patch.object(launcher, "LAUNCHED_WITH", ("run", "what no version has")):
-            found["ordinary"] = [compared(calls), compared(calls)]
-    print(json.dumps(found))
+        hook.remove(tell)
+    call()
+    launch.smooth_l1_kernel.pre_run_hooks.append(lambda *_, **__: told.append("pre_run_hook"))
+    call()
+    launch.smooth_l1_kernel.pre_run_hooks.clear()
+    assert run([call]) == (0, 0)
+    hooks = "launch_enter_hook", "launch_exit_hook", "pre_run_hook"
+    assert told == [name for name in hooks for _ in range(2)]
+    for group, name, value, compiled in (
+        (knobs.runtime, "debug", True, 2),
+        (knobs.runtime, "debug", True, 0),
+        (knobs.compilation, "instrumentation_mode", "some", None),
+        (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash"), None),
+    ):
+        with mock.patch.object(group, name, value, create=True):  # Triton 3.5 has not all.
+            asked, new = run([call])
+        assert asked == 2
+        assert compiled in (new, None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    os.environ.update(stand_in.ENVIRONMENT)
+    import triton.compiler
+
+    compiling = mock.patch.object(triton.compiler, "compile", Compiled)
+    with compiling, stand_in.gpu(sys.argv[1]) as launch:
+        no_compilation_that_changes_nothing()
+        triton_is_asked_where_it_would_do_more(launch)
+        the_same_as_triton(launch)

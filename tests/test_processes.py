@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fused_smoothl1 import SmoothL1Loss
-from tests.support import boxes, check, needs_interpreter, on_both, run_python
+from tests.support import boxes, check, needs_interpreter, run_python
 
 
 def compute(rows: int = 300) -> None:
@@ -28,9 +28,9 @@ def child(queue: Any, criterion: SmoothL1Loss) -> None:
 def in_children(method: str) -> None:
     """Compute in two processes, and before and after that in their parent."""
     compute()
-    context = get_context(method)
+    context: Any = get_context(method)
     queue, criterion = context.Queue(), SmoothL1Loss(sigma=2.0, reduction="sum")
-    children = [context.Process(target=child, args=(queue, criterion)) for _ in range(2)]  # type: ignore[attr-defined]
+    children = [context.Process(target=child, args=(queue, criterion)) for _ in range(2)]
     for process in children:
         process.start()
     assert [queue.get(timeout=60) for _ in children] == [1.75, 1.75]
@@ -41,7 +41,7 @@ def in_children(method: str) -> None:
 
 
 def in_threads() -> None:
-    """Compute in eight threads, which make the first call of all at once."""
+    """Let eight threads make the first call of all at once, and many more."""
     start = threading.Barrier(8)
 
     def many(thread: int) -> None:
@@ -53,20 +53,22 @@ def in_threads() -> None:
         list(pool.map(many, range(8)))
 
 
-def _runs(call: str, backend: str) -> None:
+METHODS = sorted({"fork", "spawn"} & {*get_all_start_methods()})
+
+
+@pytest.mark.parametrize(
+    ("call", "choice"),
+    [
+        ("in_threads()", "eager"),  # Triton's interpreter allows one at a time.
+        *((f"in_children('{method}')", "eager") for method in METHODS),
+        *(
+            pytest.param(f"in_children('{method}')", "triton", marks=needs_interpreter)
+            for method in METHODS
+        ),
+    ],
+)
+def test_processes(call: str, choice: str) -> None:
+    settings: Any = {"TRITON_INTERPRET": "1", "FUSED_SMOOTHL1_BACKEND": choice}
     code = f"from tests import test_processes; test_processes.{call}"
-    chosen = {"FUSED_SMOOTHL1_BACKEND": backend, "TRITON_INTERPRET": "1"}
-    done = run_python("-c", code, timeout=120, **chosen)
+    done = run_python("-c", code, timeout=120, **settings)
     assert done.returncode == 0, done.stderr
-
-
-@on_both
-@needs_interpreter
-@pytest.mark.parametrize("method", sorted({"fork", "spawn"} & {*get_all_start_methods()}))
-def test_processes(method: str, backend: str) -> None:
-    _runs(f"in_children({method!r})", backend)
-
-
-def test_threads() -> None:
-    """The interpreter allows one at a time."""
-    _runs("in_threads()", "eager")

@@ -1,8 +1,10 @@
 """`python -m fused_smoothl1`: what it prints, and that its exit status can be trusted."""
 
+import os
 import platform
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,75 +16,74 @@ from fused_smoothl1.__main__ import CASES, ROUNDINGS, main
 from fused_smoothl1.problem import NoKernelError
 from tests.support import (
     HAS_GPU,
-    HAS_INTERPRETER,
     HAS_TRITON,
-    NO_INTERPRETER,
+    ROOT,
     backend_set,
+    needs_interpreter,
     needs_no_gpu,
     needs_triton,
     run_python,
 )
 
-IMPORTS = "import sys; from importlib.machinery import ModuleSpec; import importlib.util as util; "
-RUN = "from fused_smoothl1.__main__ import main; sys.exit(main())"
+ALL = len(CASES)
 right = fused_smoothl1.smooth_l1_loss
-# Each makes the loss wrong in a way of its own, and the rest of it stays right.
-DEFECTS: dict[str, Callable[..., Any]] = {
-    "another sigma": lambda *args, sigma, **kw: right(*args, sigma=1.01 * sigma, **kw),
-    "another reduction": lambda *args, reduction, **kw: right(*args, reduction="sum", **kw),
-    "NaN": lambda *args, **kw: right(*args, **kw) * float("nan"),
-    "an exception": lambda *args, **kw: 1 / 0,
-    "weights swapped": lambda a, b, c, d, **kw: right(a, b, d, c, **kw),
-    "no gradient of target": lambda a, b, *rest, **kw: right(a, b.detach(), *rest, **kw),
-}
 
 
-def _line(output: str, what: str) -> str:
-    found = re.search(rf"^{what}: +(.+)$", output, re.MULTILINE)
-    assert found, f"no line {what!r} in:\n{output}"
-    return found[1]
+def _lines(report: str) -> dict[str, str]:
+    return dict(re.findall(r"^(\w+): +(.+)$", report, re.MULTILINE))
 
 
-def _selfcheck(*arguments: str, fails: bool = False, **environment: str) -> str:
-    """Return what it prints, or a few lines around it, in a process without this run's settings."""
-    done = run_python(*(arguments or ("-m", "fused_smoothl1")), gpu=True, **environment)
-    assert done.returncode == fails, done.stdout + done.stderr
-    return done.stdout
+def _selfcheck(status: int = 0, **environment: Any) -> dict[str, str]:
+    """Return what it says of each thing in a process without this run's settings."""
+    done = run_python("-m", "fused_smoothl1", gpu=True, **environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    return _lines(done.stdout)
 
 
 def test_report() -> None:
-    report = _selfcheck()
-    assert "FAIL" not in report
-    assert _line(report, "python").startswith(platform.python_version())
-    assert _line(report, "torch") == torch.__version__
-    assert _line(report, "fused_smoothl1") == fused_smoothl1.__version__
-    assert (_line(report, "triton") == "not installed") != HAS_TRITON
-    agreement = (
-        rf"{len(CASES)} of {len(CASES)} cases agree .*: largest error (.+) eps, allowed (.+)"
-    )
-    found = re.fullmatch(agreement, _line(report, "agreement"))
+    told = _selfcheck()
+    assert told["python"].startswith(platform.python_version())
+    assert told["torch"] == torch.__version__
+    assert told["fused_smoothl1"] == fused_smoothl1.__version__
+    assert (told["triton"] == "not installed") != HAS_TRITON
+    assert HAS_GPU or told["backend"].startswith("eager PyTorch, because this is cpu")
+    agreement = rf"{ALL} of {ALL} cases agree .*: largest error (.+) eps, allowed {ROUNDINGS}"
+    found = re.fullmatch(agreement, told["agreement"])
     assert found
-    assert 0.1 < float(found[1]) <= float(found[2]) == ROUNDINGS
-    backend = "Triton kernel" if HAS_GPU else "eager PyTorch, because this is cpu"
-    assert _line(report, "backend").startswith(backend)
+    assert 0.1 < float(found[1]) <= ROUNDINGS
+    assert "FAIL" not in told
 
 
 @pytest.mark.parametrize(
     ("module", "told"),
-    # (PyTorch looks for the specification on a GPU.)
+    [("raise ModuleNotFoundError('', name='triton')", "not installed"), ("", "broken")],
+)
+def test_works_without_triton(module: str, told: str, tmp_path: Path) -> None:
+    """Another module of this name is found first."""
+    (tmp_path / "triton.py").write_text(module)
+    found = _selfcheck(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert found["triton"].startswith(told)
+    assert found["backend"].startswith("eager PyTorch")
+
+
+@pytest.mark.parametrize(
+    ("choice", "interpret", "status", "told"),
     [
-        ("None", "not installed"),
-        ("util.module_from_spec(ModuleSpec('triton', None))", "broken"),
+        ("cuda", "0", 1, "none: FUSED_SMOOTHL1_BACKEND must be one of"),
+        pytest.param("triton", "0", 1, "none: .*INTERPRET=1", marks=[needs_triton, needs_no_gpu]),
+        pytest.param(
+            *("triton", "01"[not HAS_GPU], 0, "Triton kernel, .* FUSED_SMOOTHL1_BACKEND=triton$"),
+            marks=needs_interpreter,
+        ),
     ],
 )
-def test_works_without_triton(module: str, told: str) -> None:
-    report = _selfcheck("-c", f"{IMPORTS} sys.modules['triton'] = {module}; {RUN}")
-    assert _line(report, "triton").startswith(told)
-    assert _line(report, "backend").startswith("eager PyTorch")
+def test_backend_by_choice(choice: str, interpret: str, status: int, told: str) -> None:
+    found = _selfcheck(status, FUSED_SMOOTHL1_BACKEND=choice, TRITON_INTERPRET=interpret)
+    assert re.match(told, found["backend"])
 
 
 @needs_triton
-def test_tells_that_no_kernel_compiles(
+def test_no_kernel_compiles(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def launch(*_: Any) -> None:
@@ -92,53 +93,38 @@ def test_tells_that_no_kernel_compiles(
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
     with backend_set("auto"):
         assert main() == 0
-    told = _line(capsys.readouterr().out, "backend")
+    told = _lines(capsys.readouterr().out)["backend"]
     assert re.match("eager PyTorch: .*Triton cannot compile here", told)
 
 
-@pytest.mark.skipif(not (HAS_INTERPRETER or (HAS_TRITON and HAS_GPU)), reason=NO_INTERPRETER)
-def test_checks_the_kernel() -> None:
-    chosen = {"FUSED_SMOOTHL1_BACKEND": "triton", "TRITON_INTERPRET": "01"[not HAS_GPU]}
-    told = _line(_selfcheck(**chosen), "backend")
-    assert told == "Triton kernel, because FUSED_SMOOTHL1_BACKEND=triton"
+def _once(factor: float) -> Callable[..., Any]:
+    """Return a loss that is wrong in one case alone."""
+    return lambda a, b, c, d, reduction, **kw: (
+        right(a, b, c, d, reduction=reduction, **kw)
+        * (factor if reduction == "batchmean" and c.dtype == torch.bool else 1)
+    )
 
 
-@pytest.mark.parametrize(
-    ("choice", "told"),
-    [
-        ("cuda", "FUSED_SMOOTHL1_BACKEND must be one of"),
-        pytest.param("triton", "TRITON_INTERPRET=1", marks=[needs_triton, needs_no_gpu]),
-    ],
-)
-def test_fails_where_there_is_no_backend(choice: str, told: str) -> None:
-    report = _selfcheck(fails=True, FUSED_SMOOTHL1_BACKEND=choice)
-    assert told in _line(report, "backend")
-
-
-@pytest.mark.parametrize(("factor", "said"), [(1 + 2**-11, "4.1e+03"), (torch.nan, "nan")])
-def test_tells_the_largest_error(
-    factor: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of all cases, in eps, however the others do: here one of them is off by 4096."""
-
-    def wrong_once(*args: Any, reduction: Any, **kw: Any) -> Any:
-        loss = right(*args, reduction=reduction, **kw)
-        is_it = reduction == "batchmean" and args[2].dtype == torch.bool
-        return loss * factor if is_it else loss
-
-    monkeypatch.setattr(fused_smoothl1, "smooth_l1_loss", wrong_once)
-    assert main() == 1
-    agreement = _line(capsys.readouterr().out, "agreement")
-    assert agreement.startswith(f"{len(CASES) - 1} of {len(CASES)} cases agree")
-    assert agreement.endswith(f": largest error {said} eps, allowed {ROUNDINGS}")
+# Each is wrong in a way of its own, and the rest of it stays right; and what is said of it.
+DEFECTS: dict[str, tuple[Callable[..., Any], str]] = {
+    "sigma": (lambda *args, sigma, **kw: right(*args, sigma=1.01 * sigma, **kw), "0 of"),
+    "reduction": (lambda *args, reduction, **kw: right(*args, reduction="sum", **kw), "8 of"),
+    "NaN": (lambda *args, **kw: right(*args, **kw) * torch.nan, "0 of"),
+    "an exception": (lambda *args, **kw: 1 / 0, "0 of"),
+    "weights swapped": (lambda a, b, c, d, **kw: right(a, b, d, c, **kw), "0 of"),
+    "no gradient of target": (lambda a, b, *rest, **kw: right(a, b.detach(), *rest, **kw), "0 of"),
+    "one case, by 4096 eps": (_once(1 + 2**-11), rf"{ALL - 1} of .*: largest error 4.1e\+03 eps"),
+    "one case, NaN": (_once(torch.nan), f"{ALL - 1} of .*: largest error nan eps"),
+}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_fails_where_the_loss_is_wrong(
     defect: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fused_smoothl1, "smooth_l1_loss", DEFECTS[defect])
+    loss, agreement = DEFECTS[defect]
+    monkeypatch.setattr(fused_smoothl1, "smooth_l1_loss", loss)
     assert main() == 1
-    report = capsys.readouterr().out
-    assert "FAIL" in report
-    assert "agreement" in report, "the report broke off"
+    told = _lines(capsys.readouterr().out)
+    assert "FAIL" in told
+    assert re.match(agreement, told["agreement"])
