@@ -93,12 +93,13 @@ def special() -> Iterator[Call]:
         weights = Operand((300, 1), dtype), Operand((300, 4), dtype)
         yield Call("", (*boxes, *weights), reduction="sum")
         yield Call("", (*boxes, weights[0]), reduction="sum", normalizer=dtype)
-    for rows, columns in product((1, 16, 17, 1000), (1, 3, 16, 32)):
+    for rows, columns in product((1, 2, 15, 16, 17, 32, 1000, 4096), (1, 3, 4, 5, 16, 32)):
+        same, row = 2 * (Operand((rows, columns)),), Operand((rows, 1))
         every_other = Operand((rows, 2 * columns), view=lambda wide: wide[:, ::2])
         transposed = Operand((columns, rows), view=lambda turned: turned.t())
-        row, column = Operand((rows, 1)), Operand((columns,))
-        yield Call("", (Operand((rows, columns)), Operand((rows, columns)), row, column))
-        yield Call("", (every_other, transposed, row._replace(dtype="bool")))
+        yield Call("", (*same, row))
+        yield Call("", (*same, row._replace(dtype="bool"), Operand((columns,))))
+        yield Call("", (every_other, transposed))
     yield Call("", boxes, reduction="none", upstream=lambda g: g.new_ones(()).expand_as(g))
     yield Call("", boxes, reduction="none", upstream=lambda g: g.new_ones(1201)[1:].view_as(g))
     yield Call("", 2 * (Operand((1 << 20,)),), upstream=lambda g: g.new_ones(2)[1])

@@ -75,6 +75,7 @@ def _backend(device: str) -> Any:
         ("xpu:0", {"capability": (0, 0)}),  # which only NVIDIA's are asked for
         ("xpu", {}),
     ],
+    ids=str,
 )
 def test_kernel(
     device: str, facts: dict[str, Any], choice: str | None, gpu: SimpleNamespace
@@ -106,6 +107,7 @@ def test_eager(choice: str | None, device: str, gpu: SimpleNamespace, no_triton:
         ("cuda:0", {"triton": None}, "Triton is not installed: .* reinstall"),
         ("xpu:0", {"triton": None}, "Triton is not installed: .* reinstall"),
     ],
+    ids=str,
 )
 def test_gpu_without_kernel(
     device: str, facts: dict[str, Any], reason: str, gpu: SimpleNamespace, request: Any
