@@ -6,7 +6,7 @@ are all of one kind: a buffer used twice, handed out and still needed, or comput
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.functional import Reduction
 from tests.composed import composed
 from tests.support import (
     DEVICE,
@@ -23,7 +24,6 @@ from tests.support import (
     NAMES,
     REDUCTIONS,
     Loss,
-    Shape,
     assert_equal,
     boxes,
     call,
@@ -41,27 +41,20 @@ pytestmark = on_both
 NARROW = ["float16 dense", "bfloat16 dense", "float32, bfloat16 dense, both gradients"]
 
 
-@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_only_for_those_that_require_one(needed: tuple[bool, ...]) -> None:
-    for reduction in ("none", "mean"):
-        operands = boxes((7, 5), (7, 1), (5,), grad=needed)
-        check(*operands, reduction=reduction, upstream=1.5)
+# Of inside and outside weights of input (4, 3, 5).
+SHAPES = (((4, 3, 5), ()), ((4, 1, 5), (1,)), ((4, 1, 1), (5,)), ((3, 1), (1, 3, 1)))
+
+
+@pytest.mark.parametrize("needed", [*itertools.product([False, True], repeat=4)], ids=str)
+def test_only_for_those_that_require_one(needed: Sequence[bool]) -> None:
+    for weights, reduction in zip(SHAPES, REDUCTIONS, strict=True):
+        operands = boxes((4, 3, 5), *weights, grad=needed)
+        check(*operands, beta=0.4, reduction=reduction, upstream=-1.3)
         loss = smooth_l1_loss(*operands, reduction=reduction)
         assert loss.requires_grad == any(needed)
         if any(needed):
             loss.backward(torch.ones_like(loss))
-        assert [operand.grad is not None for operand in operands] == list(needed)
-
-
-@pytest.mark.parametrize(
-    "shape", [(4, 3, 5), (4, 1, 5), (4, 1, 1), (3, 1), (5,), (1,), ()], ids=str
-)
-@pytest.mark.parametrize("role", ["inside", "outside", "both"])
-def test_gradients_of_weights_have_their_shape(role: str, shape: Shape) -> None:
-    needed = (role == "both", False, role != "outside", role != "inside")
-    for reduction in REDUCTIONS:
-        operands = boxes((4, 3, 5), shape, shape, grad=needed)
-        check(*operands, beta=0.4, reduction=reduction, upstream=-1.3)
+        assert [operand.grad is not None for operand in operands] == [*needed]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -128,7 +121,7 @@ def test_freed_graph_raises(batched: bool) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_tensor_in_several_roles(reduction: str) -> None:
+def test_one_tensor_in_several_roles(reduction: Reduction) -> None:
     """The gradient of each role counts."""
 
     def loss(function: Loss, t: Tensor) -> Tensor:
@@ -182,30 +175,27 @@ def test_operand_modified_before_backward(name: str, dtype: torch.dtype) -> None
             assert_close(gradient, expected)
 
 
-def _zero(like: Tensor) -> Tensor:
-    """Return zeros without memory, as PyTorch hands down where nothing depends on a result."""
-    return torch._efficientzerotensor(like.shape, dtype=like.dtype, device=like.device)
+# As PyTorch hands down where nothing depends on a result, and as behind a conjugation.
+UNSTORED: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda like: torch._efficientzerotensor(like.shape, dtype=like.dtype, device=DEVICE),
+    "negated": lambda like: torch._neg_view(values(*like.shape, dtype=like.dtype)),
+}
 
 
-def _negated(like: Tensor) -> Tensor:
-    """Return a view of what has the negatives in memory, as behind a conjugation."""
-    return torch._neg_view(values(*like.shape, dtype=like.dtype))
-
-
-@pytest.mark.parametrize("unstored", [_zero, _negated])
+@pytest.mark.parametrize("name", UNSTORED)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_upstream_gradient_that_is_not_in_memory(
-    reduction: Any, dtype: torch.dtype, masked: bool, unstored: Callable[[Tensor], Tensor]
+    reduction: Reduction, dtype: torch.dtype, masked: bool, name: str
 ) -> None:
     """Whichever way the gradients are computed: by a product, anew, or only now."""
     for needed in ((True, False, False), (False, True, False), (True, True, False)):
         operands = boxes((7, 5), coin(7, 1) if masked else (7, 1), grad=needed, dtype=dtype)
-        wanted = trained(operands, {})
         loss = smooth_l1_loss(*operands, reduction=reduction)
-        upstream = unstored(loss)
+        upstream = UNSTORED[name](loss)
         assert upstream._is_zerotensor() or upstream.is_neg()
+        wanted = trained(operands, {})
         found = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
         stored = torch.zeros_like(loss) + upstream
         assert_close(found, torch.autograd.grad(loss, wanted, stored))

@@ -46,7 +46,7 @@ CALLS: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("reduction", [*REDUCTIONS, "normalized sum"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "normalized sum"])
 @pytest.mark.parametrize("name", CALLS)
 def test_gradgradcheck(name: str, reduction: str, backend: str) -> None:
     inside, outside, beta = (w.to(DEVICE) if isinstance(w, Tensor) else w for w in CALLS[name])
