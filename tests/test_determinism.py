@@ -14,183 +14,163 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.functional import Reduction
-from tests.conftest import on_interpreter
-from tests.support import coin, gaussian
+from tests.support import (
+    DEVICE,
+    FLOATS,
+    REDUCTIONS,
+    assert_equal,
+    boxes,
+    coin,
+    needs_gpu,
+    needs_no_gpu,
+    on_both,
+    on_eager,
+    on_kernel,
+    results,
+)
+
+pytestmark = on_both
 
 # Elements: more tiles of any type than the interpreter has programs, and a tail.
 SEVERAL = 5_011
-
-on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="waits for a CUDA GPU: programs that run at once"
-)
+MANY = 1_000_003
 
 
-def _operands(n: int, device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def _operands(n: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     # Magnitudes over nine decades: any other order of a float32 sum gives other bits.
-    spread = torch.logspace(-5, 4, n, dtype=torch.float64)[torch.randperm(n, generator=_seeded())]
-    input = (gaussian(n, seed=1, dtype=torch.float64) * spread).to(dtype).to(device)
-    target = gaussian(n, seed=2, dtype=dtype, device=device)
-    mask, weights = coin(n, seed=3, device=device), gaussian(n, seed=4, device=device)
-    return [input.requires_grad_(), target.requires_grad_(), mask, weights]
+    spread = torch.logspace(-5, 4, n, dtype=torch.float64)[torch.randperm(n)].to(DEVICE)
+    input, target, mask, weights = boxes((n,), coin(n), (n,), grad=0, dtype=torch.float64)
+    trained = [tensor.to(dtype).requires_grad_() for tensor in (input * spread, target)]
+    return [*trained, mask, weights.float()]
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _run(operands: list[Tensor], reduction: str = "mean") -> list[Tensor]:
+    return results(smooth_l1_loss, operands, 1.7, sigma=2.0, reduction=reduction)
 
 
-def _loss(operands: list[Tensor], reduction: Reduction = "mean") -> Tensor:
-    input, target, mask, weights = operands
-    return smooth_l1_loss(input, target, mask, weights, sigma=2.0, reduction=reduction)
-
-
-def _run(operands: list[Tensor], reduction: Reduction = "mean") -> list[Tensor]:
-    loss = _loss(operands, reduction)
-    assert loss.isfinite().all()
-    above = torch.full_like(loss, 1.7)
-    return [loss.detach(), *torch.autograd.grad(loss, operands[:2], above)]
-
-
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
-def test_repeated_runs(reduction: Reduction, dtype: torch.dtype, backend: str, device: str) -> None:
-    operands = _operands(SEVERAL, device, dtype)
-    first = _run(operands, reduction=reduction)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_repeated_runs(reduction: str, dtype: torch.dtype) -> None:
+    operands = _operands(SEVERAL, dtype)
+    first = _run(operands, reduction)
+    assert first[0].isfinite().all()
     for _ in range(3):
-        assert _same(_run(operands, reduction=reduction), first)
+        assert_equal(_run(operands, reduction), first)
 
 
 @pytest.mark.smoke
-def test_other_calls_in_between(backend: str, device: str) -> None:
+def test_other_calls_in_between() -> None:
     """A call leaves nothing behind that another one sees, neither larger nor smaller."""
-    operands = _operands(SEVERAL, device)
+    operands = _operands(SEVERAL)
     first = _run(operands)
     for n in (1, 30_000, 4097):
-        _run(_operands(n, device), reduction="sum")
-        assert _same(_run(operands), first)
+        _run(_operands(n), "sum")
+        assert_equal(_run(operands), first)
 
 
-def test_threads_of_the_cpu(eager_backend: str) -> None:
-    """On the CPU the number of threads does not decide the bits either."""
-    operands = _operands(600_011, "cpu")
-    threads = torch.get_num_threads()
-    results = []
+@on_eager
+def test_threads_of_the_cpu() -> None:
+    """The number of threads does not decide the gradients' bits, nor do its runs the loss's."""
+    operands = [operand.cpu() for operand in _operands(600_011)]
+    threads, gradients = torch.get_num_threads(), []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(_run(operands, reduction="sum"))
-            assert _same(_run(operands, reduction="sum"), results[-1])
+            first = _run(operands, "sum")
+            assert_equal(_run(operands, "sum"), first)
+            gradients.append(first[1:])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
-
-
-def _shuffled(seed: int) -> Callable[[int], list[int]]:
-    def order(n: int) -> list[int]:
-        positions = list(range(n))
-        random.Random(seed).shuffle(positions)
-        return positions
-
-    return order
+    assert_equal(*gradients)
 
 
 ORDERS: dict[str, Callable[[int], list[int]]] = {
-    "reversed": lambda n: list(reversed(range(n))),
+    "reversed": lambda n: [*reversed(range(n))],
     "rotated": lambda n: [(i + n // 2) % n for i in range(n)],
-    "shuffled_1": _shuffled(1),
-    "shuffled_2": _shuffled(2),
+    "shuffled": lambda n: random.Random(1).sample(range(n), n),
 }
 
 
-@on_interpreter
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@on_kernel
+@needs_no_gpu
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_order_of_the_programs(
-    order: str, reduction: Reduction, triton_backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from triton.runtime import interpreter
+def test_order_of_the_programs(order: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder as builder
 
-    builder = interpreter.interpreter_builder
     seen: list[int] = []
     original = builder.set_grid_idx
 
     def set_grid_idx(x: int, y: int, z: int) -> None:
-        n = builder.grid_dim[0]
-        x = ORDERS[order](n)[x]
-        seen.append(x)
-        original(x, y, z)
+        seen.append(ORDERS[order](builder.grid_dim[0])[x])
+        original(seen[-1], y, z)
 
-    operands = _operands(SEVERAL, "cpu")
-    first = _run(operands, reduction=reduction)
+    operands = _operands(SEVERAL)
+    first = _run(operands, reduction)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-    assert _same(_run(operands, reduction=reduction), first)
+    assert_equal(_run(operands, reduction), first)
     assert len(set(seen)) > 2, "there were programs to be put in order"
     assert seen != sorted(seen)
 
 
 @pytest.mark.smoke
-@on_gpu
-def test_a_thousand_launches(triton_backend: str) -> None:
-    operands = _operands(1_000_003, "cuda")
-    first = _run(operands, reduction="sum")
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
+@needs_gpu
+@on_kernel
+def test_a_thousand_launches() -> None:
+    operands = _operands(MANY)
+    first = _run(operands, "sum")
+    different = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(1000):
-        for one, other in zip(_run(operands, reduction="sum"), first, strict=True):
+        for one, other in zip(_run(operands, "sum"), first, strict=True):
             different += (one != other).sum()
     assert different.item() == 0
 
 
 @pytest.mark.smoke
-@on_gpu
-def test_several_streams_at_once(triton_backend: str) -> None:
-    operands = _operands(1_000_003, "cuda")
-    first = _run(operands, reduction="sum")
+@needs_gpu
+@on_kernel
+def test_several_streams_at_once() -> None:
+    operands = _operands(MANY)
+    first = _run(operands, "sum")
     streams = [torch.cuda.Stream() for _ in range(4)]
-    results: list[list[Tensor]] = []
+    found: list[list[Tensor]] = []
     torch.cuda.synchronize()
-    for _ in range(50):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                results.append(_run(operands, reduction="sum"))
+    for stream in 50 * streams:
+        with torch.cuda.stream(stream):
+            found.append(_run(operands, "sum"))
     torch.cuda.synchronize()
-    assert all(_same(result, first) for result in results)
+    for one in found:
+        assert_equal(one, first)
 
 
 @pytest.mark.smoke
-@on_gpu
-def test_replayed_graph(triton_backend: str) -> None:
+@needs_gpu
+@on_kernel
+def test_replayed_graph() -> None:
     """A captured launch keeps a ticket of its own: replays and eager calls do not meet in one."""
-    operands = _operands(1_000_003, "cuda")
-    first = _run(operands, reduction="sum")
+    operands = _operands(MANY)
+    first = smooth_l1_loss(*operands, sigma=2.0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        _loss(operands, reduction="sum")
+        smooth_l1_loss(*operands, sigma=2.0)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = _loss(operands, reduction="sum")
+        loss = smooth_l1_loss(*operands, sigma=2.0)
     for _ in range(20):
         graph.replay()
-        eager = _loss(operands, reduction="sum")
+        eager = smooth_l1_loss(*operands, sigma=2.0)
         torch.cuda.synchronize()
-        assert torch.equal(loss, first[0])
-        assert torch.equal(eager, first[0])
+        assert torch.equal(loss, first)
+        assert torch.equal(eager, first)
 
 
 @pytest.mark.smoke
-def test_interrupted_launch(
-    monkeypatch: pytest.MonkeyPatch, triton_backend: str, device: str
-) -> None:
+@on_kernel
+def test_interrupted_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that raises half-way leaves no ticket behind that the next one would trip over."""
-    from fused_smoothl1 import launcher
-
-    operands = _operands(SEVERAL, device)
-    first = _run(operands)
+    from fused_smoothl1.launcher import Code
 
     def interrupted(code: Any, programs: int, stream: int, tensors: Any, *_: Any) -> None:
         *_, partials, ticket = tensors
@@ -198,8 +178,10 @@ def test_interrupted_launch(
         ticket.fill_(1)
         raise KeyboardInterrupt
 
+    operands = _operands(SEVERAL)
+    first = _run(operands)
     with monkeypatch.context() as patch:
-        patch.setattr(launcher.Code, "launch", interrupted)
+        patch.setattr(Code, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(operands)
-    assert _same(_run(operands), first)
+    assert_equal(_run(operands), first)
