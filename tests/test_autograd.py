@@ -7,7 +7,6 @@ are all of one kind: a buffer used twice, handed out and still needed, or comput
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,14 +16,11 @@ from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
-from tests.composed import composed
 from tests.support import (
     DEVICE,
     KINDS,
     NAMES,
     REDUCTIONS,
-    Loss,
-    assert_equal,
     boxes,
     call,
     check,
@@ -33,7 +29,6 @@ from tests.support import (
     on_both,
     results,
     trained,
-    values,
 )
 
 pytestmark = on_both
@@ -77,37 +72,37 @@ def test_upstream_gradient_of_any_value(upstream: float, reduction: str) -> None
         check(*boxes((7, 5), *weights, grad=2), reduction=reduction, upstream=upstream)
 
 
+# Upstream gradients of one value: as they are in memory, as they are behind a conjugation, and
+# without memory, as PyTorch hands them down where nothing depends on a result.
+ABOVE: dict[float, Callable[[Tensor], Tensor]] = {
+    1.0: torch.ones_like,
+    2.0: lambda like: torch.full_like(like, 2.0),
+    -3.0: lambda like: torch._neg_view(torch.full_like(like, 3.0)),
+    0.0: lambda like: torch._efficientzerotensor(like.shape, dtype=like.dtype, device=DEVICE),
+}
+
+
+@pytest.mark.parametrize("first", ABOVE)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", [*KINDS, *NARROW])
-def test_backward_again_and_again(name: str, reduction: str) -> None:
+def test_backward_again_and_again(name: str, reduction: str, first: float) -> None:
     """Nothing handed out is needed or handed out again: the caller may write to it."""
     operands, options = call(name, reduction=reduction)
     wanted = trained(operands, options)
     base = dict(zip(wanted, results(smooth_l1_loss, operands, **options)[1:], strict=True))
+    assert all(gradient.count_nonzero() > 0 for gradient in base.values())
     loss = smooth_l1_loss(*operands, **options)
-    kept: list[Tensor] = [*operands, loss, *base.values()]
-    for upstream, asked in ((1.0, wanted[-1:]), (2.0, wanted), (1.0, wanted[:1]), (-3.0, wanted)):
-        above = torch.full_like(loss, upstream)
-        gradients = torch.autograd.grad(loss, asked, above, retain_graph=True)
-        for tensor, gradient in zip(asked, gradients, strict=True):
+    kept = [*operands, loss, *base.values()]
+    asked = [wanted[-1:], wanted, wanted[:1], wanted, wanted]
+    for value, sources in zip((first, *ABOVE), asked, strict=True):
+        above = ABOVE[value](loss)
+        gradients = torch.autograd.grad(loss, sources, above, retain_graph=True)
+        for source, gradient in zip(sources, gradients, strict=True):
             rtol = 2 * torch.finfo(gradient.dtype).eps
-            assert_close(gradient, base[tensor] * upstream, rtol=rtol, atol=0)
-            assert gradient.count_nonzero() > 0
-        for gradient in gradients:
+            assert_close(gradient, base[source] * value, rtol=rtol, atol=0)
             gradient.fill_(math.nan)
-        kept += [above, *gradients]
+        kept += gradients if above._is_zerotensor() else (above, *gradients)
     assert len({tensor.data_ptr() for tensor in kept}) == len(kept)
-
-
-def test_accumulation() -> None:
-    """Two losses of one input, and one loss twice, add up in .grad."""
-    operands = boxes((7, 5), (7, 1))
-    _, once = results(smooth_l1_loss, operands)
-    first = smooth_l1_loss(*operands)
-    first.backward(retain_graph=True)
-    first.backward()
-    smooth_l1_loss(*operands).backward()
-    assert_close(operands[0].grad, 3 * once)
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -121,37 +116,13 @@ def test_freed_graph_raises(batched: bool) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_tensor_in_several_roles(reduction: Reduction) -> None:
-    """The gradient of each role counts."""
-
-    def loss(function: Loss, t: Tensor) -> Tensor:
-        return function(2 * t, t * t, t, t, beta=t * t, reduction=reduction)
-
-    t = values(6, 5, dtype=torch.float64, grad=True)
-    assert_close(results(partial(loss, smooth_l1_loss), [t]), results(partial(loss, composed), [t]))
-    _, gradient = results(lambda t: smooth_l1_loss(t, t, reduction=reduction), [t])
-    assert_equal(gradient, torch.zeros_like(t))
-
-
-# (The sum and the mean send an expanded number down, the slice zeros for the others.)
-AFTERWARDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": Tensor.sum,
-    "mean": Tensor.mean,
-    "slice": lambda loss: loss.flatten()[:3].sum(),
-    "division in place": lambda loss: loss.div_(4),
-}
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("afterwards", AFTERWARDS)
-def test_what_is_done_with_the_loss(afterwards: str, reduction: str) -> None:
-    def loss(function: Loss, *operands: Tensor) -> Tensor:
-        return AFTERWARDS[afterwards](function(*operands, reduction=reduction))
-
+def test_loss_modified_in_place(reduction: Reduction) -> None:
+    """A training loop's `loss /= steps` on what the function returned."""
     for weights in ([], [(7, 1)]):
         operands = boxes((7, 5), *weights, grad=2)
-        found = results(partial(loss, smooth_l1_loss), operands)
-        assert_close(found, results(partial(loss, composed), operands))
+        expected = results(smooth_l1_loss, operands, reduction=reduction)
+        found = results(lambda *o: smooth_l1_loss(*o, reduction=reduction).div_(4), operands)
+        assert_close(found, [tensor / 4 for tensor in expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -173,29 +144,3 @@ def test_operand_modified_before_backward(name: str, dtype: torch.dtype) -> None
         gradient = gradient_unless_modified(loss, operands[0])
         if gradient is not None:
             assert_close(gradient, expected)
-
-
-# As PyTorch hands down where nothing depends on a result, and as behind a conjugation.
-UNSTORED: dict[str, Callable[[Tensor], Tensor]] = {
-    "zeros": lambda like: torch._efficientzerotensor(like.shape, dtype=like.dtype, device=DEVICE),
-    "negated": lambda like: torch._neg_view(values(*like.shape, dtype=like.dtype)),
-}
-
-
-@pytest.mark.parametrize("name", UNSTORED)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_upstream_gradient_that_is_not_in_memory(
-    reduction: Reduction, dtype: torch.dtype, masked: bool, name: str
-) -> None:
-    """Whichever way the gradients are computed: by a product, anew, or only now."""
-    for needed in ((True, False, False), (False, True, False), (True, True, False)):
-        operands = boxes((7, 5), coin(7, 1) if masked else (7, 1), grad=needed, dtype=dtype)
-        loss = smooth_l1_loss(*operands, reduction=reduction)
-        upstream = UNSTORED[name](loss)
-        assert upstream._is_zerotensor() or upstream.is_neg()
-        wanted = trained(operands, {})
-        found = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
-        stored = torch.zeros_like(loss) + upstream
-        assert_close(found, torch.autograd.grad(loss, wanted, stored))

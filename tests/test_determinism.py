@@ -6,7 +6,6 @@ partial sums in an order of its own.
 """
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from tests.support import (
     needs_gpu,
     needs_no_gpu,
     on_both,
-    on_eager,
     on_kernel,
     results,
 )
@@ -68,41 +66,19 @@ def test_other_calls_in_between() -> None:
         assert_equal(_run(operands), first)
 
 
-@on_eager
-def test_threads_of_the_cpu() -> None:
-    """The number of threads does not decide the gradients' bits, nor do its runs the loss's."""
-    operands = [operand.cpu() for operand in _operands(600_011)]
-    threads, gradients = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            first = _run(operands, "sum")
-            assert_equal(_run(operands, "sum"), first)
-            gradients.append(first[1:])
-    finally:
-        torch.set_num_threads(threads)
-    assert_equal(*gradients)
-
-
-ORDERS: dict[str, Callable[[int], list[int]]] = {
-    "reversed": lambda n: [*reversed(range(n))],
-    "rotated": lambda n: [(i + n // 2) % n for i in range(n)],
-    "shuffled": lambda n: random.Random(1).sample(range(n), n),
-}
-
-
 @on_kernel
 @needs_no_gpu
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("order", ORDERS)
-def test_order_of_the_programs(order: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_the_programs(seed: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import interpreter_builder as builder
 
     seen: list[int] = []
     original = builder.set_grid_idx
 
     def set_grid_idx(x: int, y: int, z: int) -> None:
-        seen.append(ORDERS[order](builder.grid_dim[0])[x])
+        programs = range(builder.grid_dim[0])
+        seen.append(random.Random(seed).sample(programs, len(programs))[x])
         original(seen[-1], y, z)
 
     operands = _operands(SEVERAL)
@@ -123,7 +99,7 @@ def test_a_thousand_launches() -> None:
     for _ in range(1000):
         for one, other in zip(_run(operands, "sum"), first, strict=True):
             different += (one != other).sum()
-    assert different.item() == 0
+    assert different == 0
 
 
 @pytest.mark.smoke
@@ -133,14 +109,13 @@ def test_several_streams_at_once() -> None:
     operands = _operands(MANY)
     first = _run(operands, "sum")
     streams = [torch.cuda.Stream() for _ in range(4)]
-    found: list[list[Tensor]] = []
     torch.cuda.synchronize()
+    found = []
     for stream in 50 * streams:
         with torch.cuda.stream(stream):
             found.append(_run(operands, "sum"))
     torch.cuda.synchronize()
-    for one in found:
-        assert_equal(one, first)
+    assert_equal(found, len(found) * [first])
 
 
 @pytest.mark.smoke

@@ -92,16 +92,6 @@ def _penalized(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     return [gradient.detach() for gradient in (*first, *second)]
 
 
-@pytest.mark.parametrize(("beta", "slopes"), [(0.5, [2.0, 2.0, 0.0]), (0.0, [0.0, 0.0, 0.0])])
-def test_hessian(beta: float, slopes: list[float]) -> None:
-    """Not missing for an upstream gradient of ones, which requires no gradient, nor for L1."""
-    input = torch.tensor([0.1, -0.2, 5.0], device=DEVICE, requires_grad=True)
-    loss = smooth_l1_loss(input, torch.zeros_like(input), beta=beta, reduction="sum")
-    (first,) = torch.autograd.grad(loss, input, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), input)
-    assert_close(second.tolist(), slopes)
-
-
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("trained_beta", [False, True])
 def test_masked_nan(trained_beta: bool, reduction: Reduction) -> None:
