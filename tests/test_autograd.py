@@ -34,10 +34,17 @@ from tests.support import (
 pytestmark = on_both
 
 NARROW = ["float16 dense", "bfloat16 dense", "float32, bfloat16 dense, both gradients"]
-
-
 # Of inside and outside weights of input (4, 3, 5).
 SHAPES = (((4, 3, 5), ()), ((4, 1, 5), (1,)), ((4, 1, 1), (5,)), ((3, 1), (1, 3, 1)))
+UPSTREAM = (0.0, -0.0, 1.0, -1.0, 3.7, 1e-30, 1e30, math.inf, -math.inf, math.nan)
+# Upstream gradients of one value: as they are in memory, as they are behind a conjugation, and
+# without memory, as PyTorch hands them down where nothing depends on a result.
+ABOVE: dict[float, Callable[[Tensor], Tensor]] = {
+    1.0: torch.ones_like,
+    2.0: lambda like: torch.full_like(like, 2.0),
+    -3.0: lambda like: torch._neg_view(torch.full_like(like, 3.0)),
+    0.0: lambda like: torch._efficientzerotensor(like.shape, dtype=like.dtype, device=DEVICE),
+}
 
 
 @pytest.mark.parametrize("needed", [*itertools.product([False, True], repeat=4)], ids=str)
@@ -62,24 +69,11 @@ def test_gradient_of_a_weight_is_rounded_after_the_sum(dtype: torch.dtype) -> No
     check(input, target, inside, outside)
 
 
-UPSTREAM = (0.0, -0.0, 1.0, -1.0, 3.7, 1e-30, 1e30, math.inf, -math.inf, math.nan)
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("upstream", UPSTREAM)
 def test_upstream_gradient_of_any_value(upstream: float, reduction: str) -> None:
     for weights in ([], [coin(7, 1)]):
         check(*boxes((7, 5), *weights, grad=2), reduction=reduction, upstream=upstream)
-
-
-# Upstream gradients of one value: as they are in memory, as they are behind a conjugation, and
-# without memory, as PyTorch hands them down where nothing depends on a result.
-ABOVE: dict[float, Callable[[Tensor], Tensor]] = {
-    1.0: torch.ones_like,
-    2.0: lambda like: torch.full_like(like, 2.0),
-    -3.0: lambda like: torch._neg_view(torch.full_like(like, 3.0)),
-    0.0: lambda like: torch._efficientzerotensor(like.shape, dtype=like.dtype, device=DEVICE),
-}
 
 
 @pytest.mark.parametrize("first", ABOVE)
