@@ -1,16 +1,22 @@
 """Two processes with gloo: DDP, FSDP2 and DTensor give what one process gives.
 
-A process costs seconds, so two of them run all checks of a backend, and each test looks up the
-verdict of one. The tensors are on the CPU, with Triton's interpreter for the kernel, on machines
-with a GPU too: what is tested is the communication around the loss.
+A process costs seconds, so two of them run all checks of a backend. The tensors are on the CPU,
+with Triton's interpreter for the kernel, on machines with a GPU too: what is tested is the
+communication around the loss.
 """
 
+import copy
 import faulthandler
 import os
+import re
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +24,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
+from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.functional import Reduction
-from tests.conftest import HAS_INTERPRETER, NO_INTERPRETER
-from tests.support import backend_set, coin, gaussian
-from tests.test_readme import BLOCKS
+from tests import support
+from tests.support import KINDS, ROOT, Loss, boxes, call, coin, results, values
 
 RANKS = 2
 SECONDS = 120
@@ -35,308 +41,166 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="waits for PyTorch with gloo"
 )
 
-
-def _head() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(BOX_LOSS,) = re.findall(r"^```python\n((?:(?!```).)*def box_loss.*?)^```", README, re.M | re.S)
 
 
-def _batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Return features, boxes and positives: more of them in the first half, NaN elsewhere."""
-    positive = coin(12, 1, seed=4, p=0.8)
-    positive[6:] = coin(6, 1, seed=1, p=0.3)
-    target = gaussian(12, 4, seed=3).masked_fill(~positive, NAN)
-    return gaussian(12, 8, seed=4), target, positive
+WEIGHTS, MASK = "float32 row and column weights, all gradients", "float32 element mask"
+Case = tuple[list[Any], dict[str, Any]]  # operands and options
 
 
-def _mine(rank: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(tensor.chunk(RANKS)[rank] for tensor in tensors)
+def ddp(head: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(head)
 
 
-def _global_count(positive: Tensor) -> Tensor:
-    """Return the positives of all ranks, a tensor from beginning to end."""
-    count = positive.sum().float()
-    dist.all_reduce(count)
-    return count.clamp(min=1)
+def fsdp2(head: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    for module in [*head.children(), head]:
+        fully_shard(module, mesh=mesh)
+    return head
 
 
-def _expected_gradients(none_on_second: bool = False) -> dict[str, Tensor]:
-    """Return the gradients of one process that has the whole batch."""
-    head, (features, target, positive) = _head(), _batch()
-    if none_on_second:
-        positive[6:] = False
-    count = positive.sum()
-    loss = smooth_l1_loss(
-        head(features), target, positive, sigma=2.0, reduction="sum", normalizer=count
-    )
-    loss.backward()
-    return {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+def data_parallel(wrap: Callable[..., nn.Module], positives: str, mesh: DeviceMesh) -> None:
+    """Hold the gradients of the README's loss against those of one process with the whole batch."""
+    head = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    features, target, positive = values(12, 8), values(12, 4), coin(12, 1, p=0.8)
+    positive[6:] = coin(6, 1, p=0.3) if positives == "many" else False
+    if positives == "one":  # fewer than ranks
+        positive &= positive.cumsum(0) == 1
+    batch = features, target.masked_fill(~positive, NAN), positive
+    whole, count = copy.deepcopy(head), positive.sum()
+    smooth_l1_loss(whole(features), *batch[1:], reduction="sum", normalizer=count).backward()
 
-
-def _train_step(model: nn.Module, batch: tuple[Tensor, ...], sigma: float = 2.0) -> None:
-    features, target, positive = batch
-    # DDP and FSDP average over the ranks what is to be summed up.
-    normalizer = _global_count(positive) / RANKS
-    loss = smooth_l1_loss(
-        model(features), target, positive, sigma=sigma, reduction="sum", normalizer=normalizer
-    )
-    loss.backward()
-
-
-def _ddp(rank: int, mesh: Any) -> None:
-    model = nn.parallel.DistributedDataParallel(_head())
-    _train_step(model, _mine(rank, _batch()))
-    for name, gradient in _expected_gradients().items():
-        torch.testing.assert_close(model.module.get_parameter(name).grad, gradient)
-
-
-def _ddp_with_the_readmes_loss(rank: int, mesh: Any) -> None:
-    """With fewer positives than ranks, too: one."""
-    (code,) = [block.code for block in BLOCKS if "def box_loss" in block.code]
     namespace: dict[str, Any] = {}
-    exec(code, namespace)
-    features, target, positive = _batch()
-    positive = positive & (positive.cumsum(0) == 1)  # the first of them alone
-    whole = _head()
-    smooth_l1_loss(whole(features), target, positive, reduction="sum").backward()
-    model = nn.parallel.DistributedDataParallel(_head())
-    features, target, positive = _mine(rank, (features, target, positive))
-    namespace["box_loss"](model(features), target, positive).backward()
-    for name, parameter in whole.named_parameters():
-        torch.testing.assert_close(model.module.get_parameter(name).grad, parameter.grad)
+    exec(BOX_LOSS, namespace)
+    features, *others = (tensor.chunk(RANKS)[dist.get_rank()] for tensor in batch)
+    model = wrap(head, mesh)
+    namespace["box_loss"](model(features), *others).backward()
+    for found, expected in zip(head.parameters(), whole.parameters(), strict=True):
+        assert isinstance(found.grad, DTensor if wrap is fsdp2 else Tensor)
+        gradient = found.grad.full_tensor() if isinstance(found.grad, DTensor) else found.grad
+        assert_close(gradient, expected.grad)
 
 
-def _ddp_without_positives_on_one_rank(rank: int, mesh: Any) -> None:
-    """The rank without any takes part in the step, with gradients of 0."""
-    features, target, positive = _mine(rank, _batch())
-    if rank == 1:
-        positive = torch.zeros_like(positive)
-    model = nn.parallel.DistributedDataParallel(_head())
-    _train_step(model, (features, target, positive))
-    for name, gradient in _expected_gradients(none_on_second=True).items():
-        torch.testing.assert_close(model.module.get_parameter(name).grad, gradient)
+def dtensors(
+    case: Callable[[], Case],
+    dim: int | None,
+    shards_weights: bool,
+    mesh: DeviceMesh,
+    function: Loss = smooth_l1_loss,
+) -> None:
+    """Hold loss and gradients of DTensors against those of the tensors that they are made of.
+
+    The input is sharded on `dim`, or replicated. Weights and beta are sharded with it where they
+    do not broadcast, or replicated: then their gradients sum up what every rank has.
+    """
+    operands, options = case()
+    input, target, *_ = operands
+    on_dim: Any = Replicate() if dim is None else Shard(dim % input.dim())
+
+    def place(tensor: Tensor) -> Tensor:
+        placement: Any = Replicate()
+        if dim is not None and (shards_weights or tensor is input or tensor is target):
+            own = on_dim.dim - input.dim() + tensor.dim()
+            if own >= 0 and tensor.shape[own] == input.shape[dim]:
+                placement = Shard(own)
+        placed = distribute_tensor(tensor.detach(), mesh, [placement])
+        return placed.requires_grad_(tensor.requires_grad)
+
+    def whole(*operands: Any, **options: Any) -> Tensor:
+        loss: Any = function(*operands, **options)
+        if dim is None or options["reduction"] == "none":
+            assert loss.placements == (on_dim,)
+        elif options["reduction"] == "sum" and options.get("normalizer") is None:
+            assert loss.placements == (Partial("sum"),)
+        return loss.full_tensor()  # type: ignore[no-any-return]
+
+    with support.backend_set("eager"), torch.compiler.set_stance("force_eager"):
+        upstream = values(*function(*operands, **options).shape)
+        expected = results(function, operands, upstream, **options)
+    operands, options = tree_map_only(Tensor, place, (operands, options))
+    found: list[Any] = results(whole, operands, upstream, **options)
+    if len(input) > 1:  # One row could be broadcast: PyTorch replicates it.
+        assert found[1].placements == (on_dim,)
+    assert_close([found[0], *(gradient.full_tensor() for gradient in found[1:])], expected)
 
 
-def _fsdp2(rank: int, mesh: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    head = _head()
-    for layer in (head[0], head[2]):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(head, mesh=mesh)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    _train_step(head, _mine(rank, _batch()))
-    for name, gradient in _expected_gradients().items():
-        sharded = head.get_parameter(name).grad
-        assert isinstance(sharded, DTensor)
-        torch.testing.assert_close(sharded.full_tensor(), gradient)
-    optimizer.step()
+def with_count(*operands: Any, **options: Any) -> Tensor:
+    """Return the loss divided by the number of selected elements, which the ranks add up."""
+    return smooth_l1_loss(*operands, **{**options, "normalizer": operands[2].sum()})
 
 
-def _sharded(
-    dim: int, reduction: Reduction, weights: str, rows: int = 6, **options: Any
-) -> Callable[[int, Any], None]:
-    """Return a check of DTensor operands that are sharded on one dimension."""
-
-    def check(rank: int, mesh: Any) -> None:
-        tensors = [gaussian(rows, 4, seed=1), gaussian(rows, 4, seed=2)]
-        factor, mask = gaussian(rows, 1, seed=3), coin(rows, 4, seed=4)
-        tensors[0][~mask] = NAN
-        placement = [Shard(dim)]
-        transitions: list[dict[str, Any]] = [{"sigma": 2.0}, {"sigma": 2.0}]
-        input, target = (distribute_tensor(t, mesh, placement) for t in tensors)
-        input.requires_grad_()
-        if weights == "none":
-            operands: list[Any] = [input, target, None, distribute_tensor(mask, mesh, placement)]
-            plain: list[Any] = [*tensors, None, mask]
-        else:
-            split = weights == "sharded"
-            of_rows = [Shard(0) if split and dim == 0 else Replicate()]
-            beta = gaussian(rows, 1, seed=6).abs()
-            transitions = [{"beta": distribute_tensor(beta, mesh, of_rows)}, {"beta": beta}]
-            operands = [
-                input,
-                target,
-                distribute_tensor(factor, mesh, of_rows),
-                distribute_tensor(mask, mesh, placement if split else [Replicate()]),
-            ]
-            plain = [*tensors, factor, mask]
-        if options.get("normalizer") == "tensor":
-            chosen: dict[str, Any] = {"normalizer": operands[3].sum().clamp(min=1)}
-            plain_chosen: dict[str, Any] = {"normalizer": mask.sum().clamp(min=1)}
-        else:
-            chosen = plain_chosen = dict(options)
-        chosen, plain_chosen = {**chosen, **transitions[0]}, {**plain_chosen, **transitions[1]}
-        loss = smooth_l1_loss(*operands, reduction=reduction, **chosen)
-
-        with backend_set("eager"):
-            plain[0] = plain[0].clone().requires_grad_()
-            expected = smooth_l1_loss(*plain, reduction=reduction, **plain_chosen)
-            upstream = gaussian(*expected.shape, seed=5)
-            (gradient,) = torch.autograd.grad(expected, plain[0], upstream)
-        assert isinstance(loss, DTensor)
-        if reduction == "none":
-            assert loss.placements == (Shard(dim),), loss.placements
-        elif reduction == "sum" and "normalizer" not in chosen:
-            assert loss.placements == (Partial("sum"),), loss.placements
-        whole = loss.full_tensor()
-        torch.testing.assert_close(whole, expected)
-        whole.backward(upstream)
-        assert isinstance(input.grad, DTensor)
-        # PyTorch does not shard what has one row, which could be broadcast.
-        assert rows == 1 or input.grad.placements == (Shard(dim),), input.grad.placements
-        torch.testing.assert_close(input.grad.full_tensor(), gradient)
-
-    return check
-
-
-def _replicated(rank: int, mesh: Any) -> None:
-    """Nothing is sharded: every rank has the whole loss."""
-    input, target = (distribute_tensor(gaussian(6, 4, seed=s), mesh, [Replicate()]) for s in (1, 2))
-    loss = smooth_l1_loss(input.requires_grad_(), target, sigma=2.0)
-    assert isinstance(loss, DTensor)
-    assert loss.placements == (Replicate(),)
-    local = gaussian(6, 4, seed=1, requires_grad=True)
-    expected = smooth_l1_loss(local, gaussian(6, 4, seed=2), sigma=2.0)
-    torch.testing.assert_close(loss.to_local(), expected)
-    loss.backward()
-    expected.backward()
-    assert isinstance(input.grad, DTensor)
-    torch.testing.assert_close(input.grad.full_tensor(), local.grad)
-
-
-def _trained(shape: tuple[int, ...], *names: str) -> Callable[[int, Any], None]:
-    """Return a check of a replicated operand, whose gradient sums up what every rank has."""
-
-    def check(rank: int, mesh: Any) -> None:
-        whole = (gaussian(6, 4, seed=1), gaussian(6, 4, seed=2))
-        for dim, reduction in ((0, "sum"), (1, "sum"), (0, "none")):
-            input, target = (distribute_tensor(t, mesh, [Shard(dim)]) for t in whole)
-            local = gaussian(*shape, seed=3).abs().requires_grad_()
-            operand = distribute_tensor(local.detach(), mesh, [Replicate()]).requires_grad_()
-            options: dict[str, Any] = {"reduction": reduction, **dict.fromkeys(names, operand)}
-            loss = smooth_l1_loss(input, target, **options)
-            expected = smooth_l1_loss(*whole, **{**options, **dict.fromkeys(names, local)})
-            assert isinstance(loss, DTensor)
-            upstream = gaussian(*expected.shape, seed=5)
-            loss.full_tensor().backward(upstream)
-            expected.backward(upstream)
-            assert isinstance(operand.grad, DTensor)
-            torch.testing.assert_close(operand.grad.full_tensor(), local.grad)
-
-    return check
-
-
-def _numbers_that_change(rank: int, mesh: Any) -> None:
+def numbers_that_change(mesh: DeviceMesh) -> None:
     """Of which torch.compile makes tensors, that every rank has."""
     step = torch.compile(smooth_l1_loss, backend="aot_eager")
     for number in (0.5, 0.7, 0.9):
-        whole = (gaussian(6, 4, seed=1, requires_grad=True), gaussian(6, 4, seed=2))
-        input, target = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in whole)
-        options: dict[str, Any] = {"beta": number, "reduction": "sum", "normalizer": number + 1}
-        loss = step(input.requires_grad_(), target, **options)
-        assert isinstance(loss, DTensor)
-        expected = smooth_l1_loss(*whole, **options)
-        torch.testing.assert_close(loss.full_tensor(), expected)
-        loss.full_tensor().backward()
-        expected.backward()
-        assert isinstance(input.grad, DTensor)
-        torch.testing.assert_close(input.grad.full_tensor(), whole[0].grad)
+        case = partial(call, WEIGHTS, reduction="sum", sigma=number, normalizer=number + 1)
+        dtensors(case, 0, False, mesh, step)
 
 
-TRAINED: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
-    *((("inside_weights", "outside_weights"), shape) for shape in ((1, 4), (4,))),
-    *((("beta",), shape) for shape in ((), (6, 1), (1, 4))),
-    (("sigma",), (6, 1)),
+def transition(name: str, *shape: int, **options: Any) -> Case:
+    return boxes(6, (6, 1)), {name: values(*shape).abs().requires_grad_(), **options}
+
+
+CASES: list[Callable[..., Case]] = [
+    *(partial(call, name) for name in KINDS),
+    partial(transition, "beta"),
+    partial(transition, "beta", 1, 4),
+    partial(transition, "sigma", 6, 1),
 ]
-CHECKS: dict[str, Callable[[int, Any], None]] = {
-    "ddp": _ddp,
-    "ddp with the readme's loss": _ddp_with_the_readmes_loss,
-    "ddp without positives on one rank": _ddp_without_positives_on_one_rank,
-    "fsdp2": _fsdp2,
-    **{
-        f"dtensor on dim {dim}, {reduction}, {weights} weights": _sharded(dim, reduction, weights)
-        for dim in (0, 1)
-        for reduction in ("none", "sum", "mean", "batchmean")
-        for weights in ("replicated", "sharded")
-    },
-    "dtensor with a mask alone": _sharded(0, "mean", "none"),
-    "dtensor in uneven shards, mean": _sharded(0, "mean", "sharded", rows=7),
-    "dtensor in uneven shards, batchmean": _sharded(0, "batchmean", "sharded", rows=7),
-    "dtensor with an empty shard": _sharded(0, "mean", "sharded", rows=1),
-    "dtensor with a number as normalizer": _sharded(0, "sum", "sharded", normalizer=3.0),
-    "dtensor with a dtensor as normalizer": _sharded(0, "sum", "sharded", normalizer="tensor"),
-    "dtensor replicated": _replicated,
-    **{
-        f"dtensor with trained {' and '.join(names)} of shape {shape}": _trained(shape, *names)
-        for names, shape in TRAINED
-    },
-    "dtensor with numbers that change": _numbers_that_change,
-}
+CHECKS: list[Callable[[DeviceMesh], None]] = [
+    *(partial(data_parallel, ddp, positives) for positives in ("many", "none on one rank", "one")),
+    partial(data_parallel, fsdp2, "many"),
+    *(
+        partial(dtensors, partial(case, reduction=reduction), dim, shards_weights)
+        for case, dim, shards_weights, reduction in product(
+            CASES, (0, -1), (True, False), ("none", "sum", "mean")
+        )
+    ),
+    *(  # in uneven shards, of which one may be empty
+        partial(dtensors, partial(call, name, rows, reduction=reduction), 0, True)
+        for name, rows, reduction in product((WEIGHTS, MASK), (7, 1), ("mean", "batchmean"))
+    ),
+    partial(dtensors, partial(call, WEIGHTS), None, False),
+    partial(dtensors, partial(call, WEIGHTS, reduction="sum", normalizer=3.0), 0, True),
+    partial(dtensors, partial(call, MASK, reduction="sum"), 0, True, function=with_count),
+    numbers_that_change,
+]
 
 
-def _verdict_file(folder: str | Path, rank: int) -> Path:
-    return Path(folder) / f"verdicts{rank}"
-
-
-def _process(rank: int, folder: str) -> None:
-    """Run all checks; write the verdict of each: nothing, or how it failed."""
+def run_checks(rank: int, folder: str) -> None:
+    """Run all checks, as one of the processes; tell how any failed."""
     torch.set_num_threads(1)
     faulthandler.enable()
     if os.environ["FUSED_SMOOTHL1_BACKEND"] == "triton":
         from tests.interpreter import make_strict
 
         make_strict()
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=20),
-    )
-    mesh = init_device_mesh("cpu", (RANKS,))
-    verdicts: dict[str, str] = {}
-    for name, check in CHECKS.items():
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(seconds=20), RANKS, rank)
+    mesh, failures = init_device_mesh("cpu", (RANKS,)), 0
+    for check in CHECKS:
+        torch.manual_seed(0)  # All ranks draw the same values.
         try:
-            check(rank, mesh)
-            verdicts[name] = ""
+            check(mesh)
         except Exception:
-            verdicts[name] = f"on rank {rank}:\n{traceback.format_exc()}"
-    torch.save(verdicts, _verdict_file(folder, rank))
+            failures += 1
+            print(f"{check} on rank {rank}:\n{traceback.format_exc()}", flush=True)
     # A process was once seen to abort as it ended: a thread of gloo's that asks for the interpreter
     # while that shuts down. There is nothing to clean up, so leave at once, as soon as the other
     # process is through with its checks too.
-    while not all(_verdict_file(folder, other).exists() for other in range(RANKS)):
+    Path(folder, f"through{rank}").touch()
+    while len(list(Path(folder).glob("through*"))) < RANKS:
         time.sleep(0.01)
-    os._exit(0)
+    os._exit(failures > 0)
 
 
-@pytest.fixture(scope="module", params=["eager", "triton"])
-def verdicts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str]]:
-    """What each process says of each check."""
-    if request.param == "triton" and not HAS_INTERPRETER:
-        pytest.skip(NO_INTERPRETER)
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSED_SMOOTHL1_BACKEND", request.param)
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent.parent)]))
-        context = spawn(_process, (str(folder),), nprocs=RANKS, join=False)
-    assert context is not None
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"the processes hang for {SECONDS} seconds"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(_verdict_file(folder, rank)) for rank in range(RANKS)]
+@pytest.mark.parametrize("on", ["eager", pytest.param("triton", marks=support.needs_interpreter)])
+def test_two_processes(on: str, tmp_path: Path) -> None:
+    def run(rank: int) -> subprocess.CompletedProcess[str]:
+        code = f"from tests import test_distributed as t; t.run_checks({rank}, '{tmp_path}')"
+        options: Any = {"FUSED_SMOOTHL1_BACKEND": on, "TRITON_INTERPRET": "1"}
+        return support.run_python("-c", code, timeout=SECONDS, **options)
 
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name: str, verdicts: list[dict[str, str]]) -> None:
-    failures = [verdict[name] for verdict in verdicts if verdict[name]]
-    assert not failures, "\n".join(failures)
+    with ThreadPoolExecutor(RANKS) as threads:
+        for process in threads.map(run, range(RANKS)):
+            assert process.returncode == 0, process.stdout + process.stderr
