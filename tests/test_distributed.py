@@ -44,7 +44,6 @@ pytestmark = pytest.mark.skipif(
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 (BOX_LOSS,) = re.findall(r"^```python\n((?:(?!```).)*def box_loss.*?)^```", README, re.M | re.S)
 
-
 WEIGHTS, MASK = "float32 row and column weights, all gradients", "float32 element mask"
 Case = tuple[list[Any], dict[str, Any]]  # operands and options
 

@@ -89,13 +89,11 @@ def test_gradients_are_summed_before_they_are_rounded() -> None:
     check(input, target, beta=full(1.0).detach().half().requires_grad_(), upstream=8.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        *product(["beta"], (0.0, 2.0**-40, 0.25, 2.0, 3.0, 10.0, 2.0**100)),
-        *product(["sigma"], (math.inf, 1e30, 1e3, 1e-10, 1e-30)),
-    ],
-)
+NUMBERS = [("beta", beta) for beta in (0.0, 2.0**-40, 0.25, 2.0, 3.0, 10.0, 2.0**100)]
+NUMBERS += [("sigma", sigma) for sigma in (math.inf, 1e30, 1e3, 1e-10, 1e-30)]
+
+
+@pytest.mark.parametrize(("name", "number"), NUMBERS)
 def test_one_for_all_is_a_number(name: str, number: float, backend: str) -> None:
     """Beta to the bit in the kernel; and float32 need not hold the square of a sigma."""
     operands, value = weighted(), full(number)
@@ -136,10 +134,11 @@ def test_masks_exclude_them_from_graphs(upstream: float) -> None:
         assert (gradient[mask].isfinite() == (upstream == 1.0)).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, full(0.0), full(0.0, (6, 1))], ids=["number", "0-d", "rows"])
-def test_anomaly_detection_finds_none_in_l1(beta: Any) -> None:
+@pytest.mark.parametrize("shape", [(), (6, 1)], ids=str)
+def test_anomaly_detection_finds_none_in_l1(shape: Shape) -> None:
     """Nor in the operations that a mode or a second derivative sees."""
-    sources = support.trained(operands := weighted(), {"beta": beta})
+    operands, beta = weighted(), full(0.0, shape)
+    sources = [*operands, beta]
     with FlopCounterMode(display=False), torch.autograd.detect_anomaly(check_nan=True):
         loss = smooth_l1_loss(*operands, beta=beta)
         first = torch.autograd.grad(loss, sources, create_graph=True)
@@ -234,12 +233,8 @@ def test_one_kernel_for_each_kind_of_broadcast() -> None:
     from fused_smoothl1 import launch
 
     rows: list[Shape] = [(32, 1), (48, 1), (2064, 1)]  # One program, and several.
-    for kernels, shapes in (
-        (1, [(), (1, 1)]),
-        (2, rows),
-        (1, [(1, 4), (4,)]),
-        (1, [(32, 4), (48, 4)]),
-    ):
+    of_all, channels, elements = [(), (1, 1)], [(1, 4), (4,)], [(32, 4), (48, 4)]
+    for kernels, shapes in ((1, of_all), (2, rows), (1, channels), (1, elements)):
         launch._loss_code.cache_clear()
         for shape, value in product(shapes, (0.0, 0.5, -1.0)):
             operands = boxes(max(32, *shape[:-1], 0), grad=0)
@@ -276,10 +271,9 @@ def test_module_trains_a_parameter(name: str) -> None:
     criterion = module(**{name: parameter})
     assert list(criterion.parameters()) == [parameter]
     assert not list(criterion.buffers())
-    _, *expected = support.results(smooth_l1_loss, operands, **{name: parameter})
-    assert_close(
-        torch.autograd.grad(criterion(*operands), [operands[0], parameter]), tuple(expected)
-    )
+    _, _, expected = support.results(smooth_l1_loss, operands, **{name: parameter})
+    criterion(*operands).backward()
+    assert_close(parameter.grad, expected)
     replaced = functional_call(criterion, {name: other}, tuple(operands))
     assert_close(replaced, loss_of(*operands, **{name: other}))
 
