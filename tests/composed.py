@@ -15,8 +15,8 @@ MASKS = (torch.bool, torch.uint8)
 def composed(
     input: Tensor,
     target: Tensor,
-    inside: Any = None,
-    outside: Any = None,
+    inside_weights: Any = None,
+    outside_weights: Any = None,
     *,
     sigma: Any = None,
     beta: Any = None,
@@ -24,17 +24,19 @@ def composed(
     normalizer: Any = None,
 ) -> Tensor:
     """Return what `smooth_l1_loss` must return."""
-
-    def weighted(values: Tensor, weights: Any) -> Tensor:
-        if isinstance(weights, Tensor) and weights.dtype in MASKS:
-            return torch.where(weights != 0, values, 0)
-        return values if weights is None else values * weights
-
     if sigma is not None:
         beta = 1 / sigma / sigma
-    x = weighted(input - target, inside)
-    if isinstance(outside, Tensor) and outside.dtype in MASKS:
-        x = weighted(x, outside)
+    # Masks first: what they exclude must meet no weights, because 0 times NaN is NaN.
+    x = input - target
+    multipliers: list[Any] = []
+    for weights in (inside_weights, outside_weights):
+        if isinstance(weights, Tensor) and weights.dtype in MASKS:
+            x = torch.where(weights != 0, x, 0)
+            multipliers.append(None)
+        else:
+            multipliers.append(weights)
+    inside, outside = multipliers
+    x = x if inside is None else x * inside
     if isinstance(beta, Tensor):  # PyTorch's own loss takes no tensor.
         size = x.abs()
         loss = torch.where(size < beta, 0.5 * size**2 / beta, size - 0.5 * beta)
@@ -42,7 +44,7 @@ def composed(
         loss = F.smooth_l1_loss(
             x, torch.zeros_like(x), reduction="none", beta=1.0 if beta is None else beta
         )
-    loss = weighted(loss, outside)
+    loss = loss if outside is None else loss * outside
     if reduction == "none":
         return loss
     if reduction == "mean":
