@@ -1,0 +1,395 @@
+"""The loss amid all that PyTorch puts around a call: it gives what the composition gives there.
+
+Backward passes are run by many, transforms of torch.func see every operation, and a graph that was
+made first is used later: who made it could not know how. On the kernel it holds a registered
+operator, which has to answer to whatever the operations of the composition answer to.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from fused_smoothl1 import smooth_l1_loss
+from fused_smoothl1.problem import make_problem
+from tests.composed import composed
+from tests.support import (
+    KINDS,
+    REDUCTIONS,
+    Loss,
+    boxes,
+    call,
+    coin,
+    loss_dtype,
+    on_both,
+    on_kernel,
+    trained,
+)
+
+pytestmark = on_both
+
+WIDER_TARGET = "float64 target, weights of NaN where the mask excludes"
+WEIGHTS, TWO_MASKS = "float32 row and column weights, all gradients", "float32 two masks"
+# The last ones have gradients of another dtype than the arithmetic's.
+ALL_KINDS = (*KINDS, "float16 dense", "float32, bfloat16 dense, both gradients", WIDER_TARGET)
+# (Graphs take longer; and those of make_fx before autograd take what L1 saves for a constant.)
+FEW_KINDS = (
+    WEIGHTS,
+    TWO_MASKS,
+    "float32 beta of rows, its gradient",
+    "float16 dense",
+    WIDER_TARGET,
+)
+
+
+class Bound(nn.Module):
+    """A call as a function of the tensors that require a gradient; all else stays as it is."""
+
+    def __init__(self, function: Loss, operands: list[Any], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.operands, self.options = function, operands, options
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        given = iter(sources)
+
+        def place(value: Any) -> Any:
+            return next(given) if isinstance(value, Tensor) and value.requires_grad else value
+
+        operands = [place(value) for value in self.operands]
+        return self.function(*operands, **{name: place(v) for name, v in self.options.items()})
+
+
+def in_float32(*operands: Any, reduction: str, **options: Any) -> Tensor:
+    """Return the composition in the contract's dtypes: 16 bits are computed with in float32."""
+    wide = [v.float() if isinstance(v, Tensor) and v.dtype.itemsize == 2 else v for v in operands]
+    dtype = loss_dtype(reduction, *operands, *options.values())
+    return composed(*wide, reduction=reduction, **options).to(dtype)
+
+
+def poisoned(x: Tensor, target: Tensor, mask: Tensor, weights: Tensor, **options: Any) -> Tensor:
+    return smooth_l1_loss(x, target, mask, torch.where(mask, weights, torch.nan), **options)
+
+
+def bound(kind: str, reduction: str) -> tuple[Bound, Bound, tuple[Tensor, ...]]:
+    """Return the library's call, the composition's, and the values that they are functions of."""
+    function: Loss = smooth_l1_loss
+    if kind == WIDER_TARGET:
+        function, options = poisoned, {"reduction": reduction}
+        operands = boxes(6, coin(6, 1), (6, 1), grad=(True, False, False, True))
+        operands[1] = operands[1].double().requires_grad_()
+    else:
+        operands, options = call(kind, reduction=reduction)
+    sources = tuple(t.detach() for t in trained(operands, options))
+    return Bound(function, operands, options), Bound(in_float32, operands, options), sources
+
+
+def shifted(tensors: Sequence[Tensor], by: float = 1.0) -> tuple[Tensor, ...]:
+    return tuple(t + by for t in tensors)
+
+
+def leaves(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(t.clone().requires_grad_() for t in tensors)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+class Graph:
+    """Autograd's graph of twice a loss, at which a temporary arrives that could be reused."""
+
+    def __init__(self, f: Loss, sources: Sequence[Tensor]) -> None:
+        self.leaves = leaves(sources)
+        self.value = 2 * f(*self.leaves)
+        # Another gradient for each element.
+        above = torch.linspace(0.5, 2, self.value.numel())
+        self.above = above.to(self.value).view(self.value.shape)
+
+    def pullback(self, above: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        options = {"retain_graph": True, **options}
+        return torch.autograd.grad(self.value, self.leaves, above, **options)
+
+
+def _thrice(graph: Graph) -> Any:
+    return graph.value, [graph.pullback(graph.above) for _ in range(3)]
+
+
+def _create_graph(graph: Graph) -> Any:
+    """Twice with a graph, then once without, then the gradient of the gradient."""
+    first, second = (graph.pullback(graph.above, create_graph=True) for _ in range(2))
+    third = graph.pullback(graph.above)
+    penalty = (joined(first) * joined(second)).sum()
+    of_gradient = torch.autograd.grad(
+        penalty, graph.leaves, retain_graph=True, materialize_grads=True
+    )
+    return first, second, third, of_gradient
+
+
+def _batched(graph: Graph) -> Any:
+    above = torch.stack([graph.above, -graph.above, 0 * graph.above])
+    return graph.pullback(above, is_grads_batched=True), vmap(graph.pullback)(above)
+
+
+def _dual_upstream(graph: Graph) -> Any:
+    """A tangent of the upstream gradient alone: the graph was made without forward mode."""
+    with forward_ad.dual_level():
+        duals = graph.pullback(forward_ad.make_dual(graph.above, 3 * graph.above + 1))
+        return [[part.clone() for part in forward_ad.unpack_dual(dual)] for dual in duals]
+
+
+def _make_fx(graph: Graph) -> Any:
+    """Traced with one gradient from above, and run with another."""
+    traced = make_fx(lambda above: graph.pullback(above))(0 * graph.above)
+    return traced(graph.above), traced(-graph.above)
+
+
+def _compiled_autograd(graph: Graph, compiler: Any = lambda captured: captured) -> Any:
+    """Two backward passes of one graph; unless a compiler is given, what it captures runs as is."""
+    with compiled_autograd._enable(compiler):
+        return [graph.pullback(graph.above) for _ in range(2)]
+
+
+BACKWARDS: dict[str, Callable[[Graph], Any]] = {
+    "backward": lambda graph: graph.value,
+    "backward thrice": _thrice,
+    "backward with create_graph": _create_graph,
+    "backward of a batch": _batched,
+    "jvp of backward": lambda g: jvp(g.pullback, (g.above,), (3 * g.above + 1,)),
+    "backward of a dual number": _dual_upstream,
+    "make_fx of backward": _make_fx,
+    "compiled autograd": _compiled_autograd,
+}
+
+
+def backward(use: Callable[[Graph], Any], f: Loss, *sources: Tensor) -> Any:
+    """Return what comes of a use, which is not written to later, and of a pass after it."""
+    graph = Graph(f, sources)
+    return use(graph), graph.pullback(graph.above, retain_graph=False)
+
+
+def _checkpoint(f: Loss, *s: Tensor) -> Any:
+    return backward(_thrice, lambda *s: checkpoint(f, *s, use_reentrant=False), *s)
+
+
+def _hooks(f: Loss, *s: Tensor) -> Any:
+    with saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        return backward(_thrice, f, *s)
+
+
+def gradients(f: Loss) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the function of the gradients by all that a function takes."""
+    return lambda *s: grad(lambda *s: f(*s).sin().sum(), tuple(range(len(s))))(*s)
+
+
+def _vjp(f: Loss, *s: Tensor) -> Any:
+    value, pullback = vjp(f, *s)[:2]
+    return value, pullback(value + 1)
+
+
+def _dual(f: Loss, *s: Tensor) -> Any:
+    """Forward mode outside of torch.func, with a tangent of the first alone."""
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(f(forward_ad.make_dual(s[0], s[0] + 1), *s[1:])))
+
+
+def _dual_and_graph(f: Loss, *s: Tensor) -> Any:
+    own = leaves(s)
+    primal, tangent = _dual(f, *own)
+    total = primal.sum() + tangent.sum()
+    return primal, tangent, torch.autograd.grad(total, own, materialize_grads=True)
+
+
+def _vmap(f: Loss, *s: Tensor) -> Any:
+    """Several inputs beside one of all else."""
+    return vmap(lambda first: f(first, *s[1:]))(torch.stack([s[0], s[0] + 1, s[0] - 1]))
+
+
+def _vmap_of_grad(f: Loss, *s: Tensor) -> Any:
+    """Gradients for each sample, in batches at the first dimension and at the last in turn."""
+    dims = tuple(-(i % 2) for i in range(len(s)))
+    batches = (torch.stack([t, t + 1], dim) for t, dim in zip(s, dims, strict=True))
+    return vmap(gradients(f), dims)(*batches)
+
+
+def _jvp_of_vmap(f: Loss, *s: Tensor) -> Any:
+    batches = tuple(torch.stack([t, t + 1]) for t in s)
+    return jvp(vmap(f), batches, shifted(batches))
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, *s: gradients(f)(*s),
+    "grad of grad": lambda f, *s: gradients(lambda *s: joined(gradients(f)(*s)))(*s),
+    "vjp": _vjp,
+    "jvp": lambda f, *s: jvp(f, s, shifted(s)),
+    "jvp of grad": lambda f, *s: jvp(gradients(f), s, shifted(s)),
+    "dual": _dual,
+    "dual and graph": _dual_and_graph,
+    "vmap": _vmap,
+    "vmap of grad": _vmap_of_grad,
+    "jvp of vmap": _jvp_of_vmap,
+    "jacfwd": lambda f, *s: jacfwd(f)(*s),
+    "jacrev": lambda f, *s: jacrev(f)(*s),
+    "hessian": lambda f, *s: hessian(lambda *s: f(*s).sin().sum())(*s),
+    "checkpoint": _checkpoint,
+    "saved_tensors_hooks": _hooks,
+}
+USES = {name: partial(backward, use) for name, use in BACKWARDS.items()} | TRANSFORMS
+
+
+def gradient(f: Loss) -> Loss:
+    """Return the function of autograd's gradients by all that a function takes."""
+    return lambda *s: joined(torch.autograd.grad(f(*s).sin().sum(), s))
+
+
+def second_gradient(f: Loss) -> Loss:
+    def second(*s: Tensor) -> Tensor:
+        first = torch.autograd.grad(f(*s).sin().sum(), s, create_graph=True)
+        return joined(torch.autograd.grad(joined(first).sin().sum(), s))
+
+    return second
+
+
+DERIVATIVES = [gradients, lambda f: gradients(lambda *s: joined(gradients(f)(*s)))]
+CAPTURES: dict[str, Callable[..., Any]] = {
+    "make_fx": lambda f, s: make_fx(f)(*s),
+    "make_fx before autograd": lambda f, s: make_fx(f, pre_dispatch=True)(*s),
+    "gradient": lambda f, s: make_fx(gradient(f))(*s),
+    "gradient before autograd": lambda f, s: make_fx(gradient(f), pre_dispatch=True)(*s),
+    "export": lambda f, s: torch.export.export(f, s).module(),
+}
+
+
+def assert_alike(what: str, found: Any, expected: Any) -> None:
+    assert_close(found, expected, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("use", USES)
+def test_call(use: str, kind: str) -> None:
+    for reduction in REDUCTIONS:
+        ours, theirs, sources = bound(kind, reduction)
+        assert_alike(reduction, *(USES[use](f, *sources) for f in (ours, theirs)))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_graph(capture: str, kind: str, reduction: str) -> None:
+    """Used with other values than those that it was made with."""
+    ours, theirs, sources = bound(kind, reduction)
+    graphs = [CAPTURES[capture](f, leaves(sources)) for f in (ours, theirs)]
+    for name, use in TRANSFORMS.items():
+        assert_alike(name, *(use(graph, *shifted(sources, 0.1)) for graph in graphs))
+
+
+@pytest.mark.parametrize("of", [*DERIVATIVES, second_gradient], ids=["1", "2", "3"])
+@pytest.mark.parametrize("capture", ["make_fx", "make_fx before autograd"])
+def test_graph_of_derivatives(capture: str, of: Callable[[Loss], Loss]) -> None:
+    """Of a transform that comes before the trace, only PyTorch's own operations are in the graph.
+
+    (Before autograd, PyTorch takes what it sees for a constant, in the composition too.)
+    """
+    ours, theirs, sources = bound(WEIGHTS, "mean")
+    graphs = [CAPTURES[capture](of(f), leaves(sources)) for f in (ours, theirs)]
+    assert_alike(capture, *(graph(*leaves(shifted(sources))) for graph in graphs))
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_graph_of_tensors_without_data(mode: Any, backend: str) -> None:
+    ours, theirs, sources = bound(WEIGHTS, "mean")
+    graph = make_fx(gradient(ours), tracing_mode=mode)(*leaves(sources))
+    assert ("fused_smoothl1.forward" in graph.code) == (backend == "triton")
+    assert_alike(mode, graph(*sources), gradient(theirs)(*leaves(sources)))
+
+
+def test_batches_of_an_exported_model() -> None:
+    """Of inputs beside one target, whose number of rows divides the loss."""
+    ours, theirs, sources = bound(TWO_MASKS, "mean")
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in sources)
+    graph = torch.export.export(ours, sources, dynamic_shapes=(shapes,)).module()
+    assert_alike("vmap", *(_vmap(f, *sources) for f in (graph, theirs)))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled(compiler: str) -> None:
+    """Nothing tells a compiled function that forward mode is at work now; and then no more."""
+    torch._dynamo.reset()
+    ours, theirs, sources = bound(WEIGHTS, "mean")
+    compiled = torch.compile(ours, backend=compiler)
+    for use in ("backward", "dual", "jvp", "backward thrice", "dual", "checkpoint"):
+        assert_alike(use, *(USES[use](f, *sources) for f in (compiled, theirs)))
+
+
+@pytest.mark.parametrize("use", ["grad", "grad of grad", "vmap of grad", "jvp"])
+def test_compiled_transform(use: str) -> None:
+    torch._dynamo.reset()
+    ours, theirs, sources = bound(WEIGHTS, "mean")
+    compiled = torch.compile(partial(USES[use], ours), fullgraph=True, backend="aot_eager")
+    assert_alike(use, compiled(*sources), USES[use](theirs, *sources))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_compiled_autograd_with_a_compiler(reduction: str) -> None:
+    torch._dynamo.reset()
+    ours, theirs, sources = bound(WEIGHTS, reduction)
+    use = partial(_compiled_autograd, compiler=torch.compile(backend="aot_eager"))
+    found, expected = backward(use, ours, *sources), backward(_compiled_autograd, theirs, *sources)
+    assert_alike(reduction, found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_every_operand(kind: str) -> None:
+    """Masks, transition points and divisors too, in batches at the first or the last dimension."""
+    for reduction in REDUCTIONS:
+        samples = [call(kind, reduction=reduction) for _ in range(3)]
+        names = list(samples[0][1])
+
+        def loss(*given: Any, names: list[str] = names) -> Tensor:
+            operands, options = given[: -len(names)], given[-len(names) :]
+            return smooth_l1_loss(*operands, **dict(zip(names, options, strict=True)))
+
+        all_given = [(*operands, *options.values()) for operands, options in samples]
+        dims, batches = [], []
+        for i, own in enumerate(zip(*all_given, strict=True)):
+            dims.append(-(i % 2) if isinstance(own[0], Tensor) else None)
+            batches.append(own[0] if dims[-1] is None else torch.stack(own, dims[-1]))
+        expected = torch.stack([loss(*given) for given in all_given])
+        assert_alike(reduction, vmap(loss, tuple(dims))(*batches), expected)
+
+
+@pytest.mark.parametrize("normalizer", [None, 3, 2.5])
+@pytest.mark.parametrize("shape", [(6, 4), ()], ids=str)
+def test_tangents_have_the_dtype_of_the_loss(shape: Any, normalizer: Any) -> None:
+    """PyTorch makes float64 of a tangent without dimensions that meets a number."""
+    x, target, rows = boxes(shape, (6, 1)[: len(shape)])
+    for inside in (None, rows, rows > 0):
+        for reduction in REDUCTIONS if normalizer is None else ["sum"]:
+            options = {"beta": 0.6, "reduction": reduction, "normalizer": normalizer}
+            f = Bound(smooth_l1_loss, [x, target, inside, 0.5], options)
+            value, tangent = jvp(f, (x.detach(),), (torch.ones_like(x),))[:2]
+            assert value.dtype == tangent.dtype == torch.float32
+            assert_close(tangent.sum(), torch.autograd.grad(f(x).sum(), x)[0].sum())
+
+
+@on_kernel
+def test_results_of_the_operator_are_differentiable() -> None:
+    """Its gradient too, which a graph may hold by itself."""
+    x, target = boxes(6)
+    problem = make_problem(x, target, divisor_number=24, beta_number=0.6)
+    found = torch.ops.fused_smoothl1.forward.default(*problem, *(True, True, False, False, False))
+    loss = composed(x, target, beta=0.6)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert_close(found, (loss, gradient, -gradient))
+    for one, other in ((found[1], gradient), (found[2] + found[0], loss - gradient)):
+        squares = (one.square().sum(), other.square().sum())
+        assert_close(*(torch.autograd.grad(s, x, retain_graph=True) for s in squares))
