@@ -39,17 +39,11 @@ from tests.support import (
 pytestmark = on_both
 
 WIDER_TARGET = "float64 target, weights of NaN where the mask excludes"
-WEIGHTS, TWO_MASKS = "float32 row and column weights, all gradients", "float32 two masks"
+WEIGHTS = "float32 row and column weights, all gradients"
 # The last ones have gradients of another dtype than the arithmetic's.
 ALL_KINDS = (*KINDS, "float16 dense", "float32, bfloat16 dense, both gradients", WIDER_TARGET)
 # (Graphs take longer; and those of make_fx before autograd take what L1 saves for a constant.)
-FEW_KINDS = (
-    WEIGHTS,
-    TWO_MASKS,
-    "float32 beta of rows, its gradient",
-    "float16 dense",
-    WIDER_TARGET,
-)
+FEW_KINDS = (WEIGHTS, "float32 beta of rows, its gradient", "float16 dense", WIDER_TARGET)
 
 
 class Bound(nn.Module):
@@ -101,6 +95,10 @@ def leaves(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(t.clone().requires_grad_() for t in tensors)
 
 
+def batches(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack([t, t + 1, t - 0.5]) for t in tensors)
+
+
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
@@ -111,8 +109,7 @@ class Graph:
     def __init__(self, f: Loss, sources: Sequence[Tensor]) -> None:
         self.leaves = leaves(sources)
         self.value = 2 * f(*self.leaves)
-        # Another gradient for each element.
-        above = torch.linspace(0.5, 2, self.value.numel())
+        above = torch.linspace(0.5, 2, self.value.numel())  # another for each element
         self.above = above.to(self.value).view(self.value.shape)
 
     def pullback(self, above: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -120,53 +117,37 @@ class Graph:
         return torch.autograd.grad(self.value, self.leaves, above, **options)
 
 
-def _thrice(graph: Graph) -> Any:
-    return graph.value, [graph.pullback(graph.above) for _ in range(3)]
-
-
-def _create_graph(graph: Graph) -> Any:
+def _create_graph(g: Graph) -> Any:
     """Twice with a graph, then once without, then the gradient of the gradient."""
-    first, second = (graph.pullback(graph.above, create_graph=True) for _ in range(2))
-    third = graph.pullback(graph.above)
+    first, second = (g.pullback(g.above, create_graph=True) for _ in range(2))
+    third = g.pullback(g.above)
     penalty = (joined(first) * joined(second)).sum()
-    of_gradient = torch.autograd.grad(
-        penalty, graph.leaves, retain_graph=True, materialize_grads=True
-    )
-    return first, second, third, of_gradient
+    options = {"retain_graph": True, "materialize_grads": True}
+    return first, second, third, torch.autograd.grad(penalty, g.leaves, **options)  # type: ignore
 
 
-def _batched(graph: Graph) -> Any:
-    above = torch.stack([graph.above, -graph.above, 0 * graph.above])
-    return graph.pullback(above, is_grads_batched=True), vmap(graph.pullback)(above)
-
-
-def _dual_upstream(graph: Graph) -> Any:
-    """A tangent of the upstream gradient alone: the graph was made without forward mode."""
+def _dual_above(g: Graph) -> Any:
+    """A tangent of what arrives alone: the graph was made without forward mode."""
     with forward_ad.dual_level():
-        duals = graph.pullback(forward_ad.make_dual(graph.above, 3 * graph.above + 1))
+        duals = g.pullback(forward_ad.make_dual(g.above, 3 * g.above + 1))
         return [[part.clone() for part in forward_ad.unpack_dual(dual)] for dual in duals]
 
 
-def _make_fx(graph: Graph) -> Any:
-    """Traced with one gradient from above, and run with another."""
-    traced = make_fx(lambda above: graph.pullback(above))(0 * graph.above)
-    return traced(graph.above), traced(-graph.above)
-
-
-def _compiled_autograd(graph: Graph, compiler: Any = lambda captured: captured) -> Any:
-    """Two backward passes of one graph; unless a compiler is given, what it captures runs as is."""
+def _compiled_autograd(g: Graph, compiler: Any = lambda captured: captured) -> Any:
+    """Unless a compiler is given, what it captures runs as it is."""
     with compiled_autograd._enable(compiler):
-        return [graph.pullback(graph.above) for _ in range(2)]
+        return [g.pullback(g.above) for _ in range(2)]
 
 
 BACKWARDS: dict[str, Callable[[Graph], Any]] = {
-    "backward": lambda graph: graph.value,
-    "backward thrice": _thrice,
-    "backward with create_graph": _create_graph,
-    "backward of a batch": _batched,
+    "backward": lambda g: g.value,
+    "backward thrice": lambda g: [g.pullback(g.above) for _ in range(3)],
+    "create_graph": _create_graph,
+    "is_grads_batched": lambda g: g.pullback(*batches([g.above]), is_grads_batched=True),
+    "vmap of backward": lambda g: vmap(g.pullback)(*batches([g.above])),
     "jvp of backward": lambda g: jvp(g.pullback, (g.above,), (3 * g.above + 1,)),
-    "backward of a dual number": _dual_upstream,
-    "make_fx of backward": _make_fx,
+    "dual number above": _dual_above,
+    "make_fx of backward": lambda g: make_fx(lambda above: g.pullback(above))(g.above)(-g.above),
     "compiled autograd": _compiled_autograd,
 }
 
@@ -177,13 +158,9 @@ def backward(use: Callable[[Graph], Any], f: Loss, *sources: Tensor) -> Any:
     return use(graph), graph.pullback(graph.above, retain_graph=False)
 
 
-def _checkpoint(f: Loss, *s: Tensor) -> Any:
-    return backward(_thrice, lambda *s: checkpoint(f, *s, use_reentrant=False), *s)
-
-
 def _hooks(f: Loss, *s: Tensor) -> Any:
     with saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
-        return backward(_thrice, f, *s)
+        return backward(BACKWARDS["backward thrice"], f, *s)
 
 
 def gradients(f: Loss) -> Callable[..., tuple[Tensor, ...]]:
@@ -191,9 +168,8 @@ def gradients(f: Loss) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *s: grad(lambda *s: f(*s).sin().sum(), tuple(range(len(s))))(*s)
 
 
-def _vjp(f: Loss, *s: Tensor) -> Any:
-    value, pullback = vjp(f, *s)[:2]
-    return value, pullback(value + 1)
+def gradients_of_gradients(f: Loss) -> Callable[..., tuple[Tensor, ...]]:
+    return gradients(lambda *s: joined(gradients(f)(*s)))
 
 
 def _dual(f: Loss, *s: Tensor) -> Any:
@@ -209,38 +185,23 @@ def _dual_and_graph(f: Loss, *s: Tensor) -> Any:
     return primal, tangent, torch.autograd.grad(total, own, materialize_grads=True)
 
 
-def _vmap(f: Loss, *s: Tensor) -> Any:
-    """Several inputs beside one of all else."""
-    return vmap(lambda first: f(first, *s[1:]))(torch.stack([s[0], s[0] + 1, s[0] - 1]))
-
-
-def _vmap_of_grad(f: Loss, *s: Tensor) -> Any:
-    """Gradients for each sample, in batches at the first dimension and at the last in turn."""
-    dims = tuple(-(i % 2) for i in range(len(s)))
-    batches = (torch.stack([t, t + 1], dim) for t, dim in zip(s, dims, strict=True))
-    return vmap(gradients(f), dims)(*batches)
-
-
-def _jvp_of_vmap(f: Loss, *s: Tensor) -> Any:
-    batches = tuple(torch.stack([t, t + 1]) for t in s)
-    return jvp(vmap(f), batches, shifted(batches))
-
-
 TRANSFORMS: dict[str, Callable[..., Any]] = {
     "grad": lambda f, *s: gradients(f)(*s),
-    "grad of grad": lambda f, *s: gradients(lambda *s: joined(gradients(f)(*s)))(*s),
-    "vjp": _vjp,
+    "grad of grad": lambda f, *s: gradients_of_gradients(f)(*s),
+    "vjp": lambda f, *s: vjp(f, *s)[1](f(*s) + 1),
     "jvp": lambda f, *s: jvp(f, s, shifted(s)),
     "jvp of grad": lambda f, *s: jvp(gradients(f), s, shifted(s)),
     "dual": _dual,
     "dual and graph": _dual_and_graph,
-    "vmap": _vmap,
-    "vmap of grad": _vmap_of_grad,
-    "jvp of vmap": _jvp_of_vmap,
+    "vmap": lambda f, *s: vmap(lambda first: f(first, *s[1:]))(*batches(s[:1])),
+    "vmap of grad": lambda f, *s: vmap(gradients(f))(*batches(s)),
+    "jvp of vmap": lambda f, *s: jvp(vmap(f), batches(s), batches(shifted(s))),
     "jacfwd": lambda f, *s: jacfwd(f)(*s),
     "jacrev": lambda f, *s: jacrev(f)(*s),
     "hessian": lambda f, *s: hessian(lambda *s: f(*s).sin().sum())(*s),
-    "checkpoint": _checkpoint,
+    "checkpoint": lambda f, *s: backward(
+        BACKWARDS["backward"], lambda *s: checkpoint(f, *s, use_reentrant=False), *s
+    ),
     "saved_tensors_hooks": _hooks,
 }
 USES = {name: partial(backward, use) for name, use in BACKWARDS.items()} | TRANSFORMS
@@ -259,7 +220,6 @@ def second_gradient(f: Loss) -> Loss:
     return second
 
 
-DERIVATIVES = [gradients, lambda f: gradients(lambda *s: joined(gradients(f)(*s)))]
 CAPTURES: dict[str, Callable[..., Any]] = {
     "make_fx": lambda f, s: make_fx(f)(*s),
     "make_fx before autograd": lambda f, s: make_fx(f, pre_dispatch=True)(*s),
@@ -292,16 +252,24 @@ def test_graph(capture: str, kind: str, reduction: str) -> None:
         assert_alike(name, *(use(graph, *shifted(sources, 0.1)) for graph in graphs))
 
 
-@pytest.mark.parametrize("of", [*DERIVATIVES, second_gradient], ids=["1", "2", "3"])
+@pytest.mark.parametrize("of", [gradients, gradients_of_gradients, second_gradient])
 @pytest.mark.parametrize("capture", ["make_fx", "make_fx before autograd"])
-def test_graph_of_derivatives(capture: str, of: Callable[[Loss], Loss]) -> None:
-    """Of a transform that comes before the trace, only PyTorch's own operations are in the graph.
+def test_graph_of_derivatives(capture: str, of: Any) -> None:
+    """Transforms that come before the trace, and second gradients.
 
-    (Before autograd, PyTorch takes what it sees for a constant, in the composition too.)
+    (Before autograd, PyTorch takes what a transform sees for a constant, in the composition too.)
     """
     ours, theirs, sources = bound(WEIGHTS, "mean")
     graphs = [CAPTURES[capture](of(f), leaves(sources)) for f in (ours, theirs)]
     assert_alike(capture, *(graph(*leaves(shifted(sources))) for graph in graphs))
+
+
+@pytest.mark.parametrize("use", ["grad", "grad of grad", "vmap of grad", "jvp"])
+def test_compiled_transform(use: str) -> None:
+    torch._dynamo.reset()
+    ours, theirs, sources = bound(WEIGHTS, "mean")
+    compiled = torch.compile(partial(USES[use], ours), fullgraph=True, backend="aot_eager")
+    assert_alike(use, compiled(*sources), USES[use](theirs, *sources))
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
@@ -314,10 +282,10 @@ def test_graph_of_tensors_without_data(mode: Any, backend: str) -> None:
 
 def test_batches_of_an_exported_model() -> None:
     """Of inputs beside one target, whose number of rows divides the loss."""
-    ours, theirs, sources = bound(TWO_MASKS, "mean")
+    ours, theirs, sources = bound("float32 two masks", "mean")
     shapes = tuple({0: torch.export.Dim.AUTO} for _ in sources)
     graph = torch.export.export(ours, sources, dynamic_shapes=(shapes,)).module()
-    assert_alike("vmap", *(_vmap(f, *sources) for f in (graph, theirs)))
+    assert_alike("vmap", *(USES["vmap"](f, *sources) for f in (graph, theirs)))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -328,14 +296,6 @@ def test_compiled(compiler: str) -> None:
     compiled = torch.compile(ours, backend=compiler)
     for use in ("backward", "dual", "jvp", "backward thrice", "dual", "checkpoint"):
         assert_alike(use, *(USES[use](f, *sources) for f in (compiled, theirs)))
-
-
-@pytest.mark.parametrize("use", ["grad", "grad of grad", "vmap of grad", "jvp"])
-def test_compiled_transform(use: str) -> None:
-    torch._dynamo.reset()
-    ours, theirs, sources = bound(WEIGHTS, "mean")
-    compiled = torch.compile(partial(USES[use], ours), fullgraph=True, backend="aot_eager")
-    assert_alike(use, compiled(*sources), USES[use](theirs, *sources))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
