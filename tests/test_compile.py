@@ -1,12 +1,16 @@
-"""torch.compile(fullgraph=True): no break in the graph, and the numbers of eager PyTorch.
+"""torch.compile(fullgraph=True): no break in the graph, the numbers of eager PyTorch, few graphs.
 
 Most tests run what Dynamo and AOTAutograd captured as it stands ("aot_eager"): they decide what is
 in the graph, and they are quick. A few go through Inductor, to generated code.
+
+A compiler puts a symbol in the place of a number or a size at its second value. What it makes of
+symbols is where it goes wrong, or compiles anew for every value until it gives up.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +18,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.compilers import nop
+from torch.testing import assert_close
 
-import tests.support
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
-from fused_smoothl1.functional import Reduction
-from tests.support import assert_near, check, coin, gaussian
-from tests.variants import VARIANTS, fresh, make, trained
+from tests import support
+from tests.composed import composed
+from tests.support import CALLS, DEVICE, KINDS, REDUCTIONS, Loss, boxes, call, coin, results
+
+pytestmark = support.on_both
 
 OPERATOR = "fused_smoothl1.forward.default"
-Compiled = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -34,219 +40,103 @@ def _own_cache() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _compiled(
-    function: Callable[..., Any] = smooth_l1_loss,
-    *,
-    dynamic: bool = False,
-    backend: Any = "aot_eager",
-) -> Compiled:
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+def compiled(function: Loss = smooth_l1_loss, backend: Any = "aot_eager", **options: Any) -> Loss:
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
-def _gradients(loss: Tensor, operands: list[Any]) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, trained(operands), torch.full_like(loss, 1.5)))
+def recorder(nodes: list[Any]) -> Callable[..., Any]:
+    """Return a compiler that tells which calls are in a graph."""
 
-
-def _captured(*operands: Any, **options: Any) -> list[str]:
-    """Return what a graph of the loss alone calls, as Dynamo captures it."""
-    names: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nodes.extend(node for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    _compiled(backend=backend)(*operands, **options)
-    return names
+    return record
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_against_the_oracle(
-    reduction: str, variant: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", [*CALLS, "empty"])
+def test_against_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradients, dtypes and strides; masks exclude NaN as they do in eager PyTorch."""
-    monkeypatch.setattr(tests.support, "smooth_l1_loss", _compiled())
-    operands, options = make(variant, device=device)
-    check(*operands, **options, reduction=reduction, upstream=1.5)
+    monkeypatch.setattr(support, "smooth_l1_loss", compiled())
+    operands, options = (boxes(0), {}) if name == "empty" else call(name)
+    support.check(*operands, **options, upstream=1.5)
 
 
-@pytest.mark.parametrize("divisor", ["sum", "batchmean", "number", "tensor"])
-def test_divisors_against_the_oracle(
-    divisor: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tests.support, "smooth_l1_loss", _compiled())
-    operands, options = make("row_weights", device=device)
-    options["reduction"] = "batchmean" if divisor == "batchmean" else "sum"
-    if divisor in ("number", "tensor"):
-        number = 3.0
-        options["normalizer"] = number if divisor == "number" else torch.tensor(number).to(device)
-    check(*operands, **options, upstream=-2.0)
+@pytest.mark.parametrize("grad", [(True, False), (False, True), (True, True)], ids=str)
+def test_float16(grad: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GradScaler's upstream gradient is inside before the one rounding to float16."""
+    monkeypatch.setattr(support, "smooth_l1_loss", compiled())
+    x, target = boxes((4096,), grad=grad, dtype=torch.float16, scale=1e-2)
+    for reduction, upstream in (("none", 1.0), ("mean", 65536.0)):
+        support.check(x, target, None, 2.0**-10, reduction=reduction, upstream=upstream)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean"])
-def test_dynamic_shapes(reduction: Reduction, backend: str, device: str) -> None:
-    """One graph serves every size, also where the size is the divisor."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = _compiled(dynamic=True, backend=count)
-    counts = []
-    for rows in (6, 9, 13):
-        operands, options = make("row_weights", rows, device=device)
-        got = compiled(*operands, **options, reduction=reduction)
-        expected = smooth_l1_loss(*operands, **options, reduction=reduction)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(_gradients(got, operands), _gradients(expected, operands))
-        counts.append(len(graphs))
-    assert counts[0] > 0
-    assert counts == counts[:1] * 3
-
-
-def test_static_then_dynamic(backend: str, device: str) -> None:
-    """Dynamo's default: the first size is compiled for itself, the second for all that follow."""
-    compiled = torch.compile(smooth_l1_loss, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize(
+    ("compiler", "dynamic", "reduction"),
+    [
+        *(("aot_eager", True, reduction) for reduction in ("none", "mean", "batchmean")),
+        ("aot_eager", None, "mean"),
+        ("inductor", True, "mean"),
+    ],
+)
+def test_sizes(compiler: str, dynamic: bool | None, reduction: str) -> None:
+    """One graph serves every size; by Dynamo's default, every size but the first."""
+    counter, counts = CompileCounterWithBackend(compiler), []
+    loss = compiled(backend=counter, dynamic=dynamic)
     for rows in (6, 9, 13, 6):
-        operands, options = make("bool_rows", rows, device=device)
-        got = compiled(*operands, **options)
-        expected = smooth_l1_loss(*operands, **options)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(_gradients(got, operands), _gradients(expected, operands))
+        operands, options = boxes(rows, (rows, 1), (4,), grad=2), {"reduction": reduction}
+        assert_close(*(results(f, operands, 1.5, **options) for f in (loss, smooth_l1_loss)))
+        counts.append(counter.frame_count)
+    assert 0 < counts[0 if dynamic else 1] == counts[-1]
 
 
-@pytest.mark.parametrize(("variant", "dynamic"), [("row_weights", True), ("two_masks", False)])
-def test_inductor(variant: str, dynamic: bool, backend: str, device: str) -> None:
-    compiled = _compiled(dynamic=dynamic, backend="inductor")
-    for rows in (6, 9) if dynamic else (6,):
-        operands, options = make(variant, rows, device=device)
-        got = compiled(*operands, **options)
-        expected = smooth_l1_loss(*operands, **options)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(_gradients(got, operands), _gradients(expected, operands))
+def test_inductor_compiles_a_step() -> None:
+    """With the loss and its graph in the middle, as training code has it."""
+    criterion, positive = SmoothL1Loss(sigma=3.0, reduction="sum"), coin(12, 1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)).to(DEVICE)
+    features, target = boxes(12, grad=0)
+    found = []
 
-
-def test_inductor_trains(backend: str, device: str) -> None:
-    """A step with the loss and its graph in the middle, as training code has it."""
-    head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(device)
-    twin = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(device)
-    twin.load_state_dict(head.state_dict())
-    criterion = SmoothL1Loss(sigma=3.0, reduction="sum")
-    features, target = gaussian(12, 8, seed=1, device=device), gaussian(12, 4, seed=2).to(device)
-    positive = coin(12, 1, seed=3, device=device)
-
-    def step(model: nn.Module) -> Tensor:
+    def step() -> Tensor:
         count = positive.sum().clamp(min=1)
-        loss: Tensor = criterion(model(features), target, positive, None, count)
-        return loss * 2
+        return 2 * criterion(model(features), target, positive, None, count)
 
-    def run(model: nn.Module, function: Callable[[nn.Module], Tensor]) -> list[float]:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        losses = []
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = function(model)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    eager, compiled = run(twin, step), run(head, _compiled(step, backend="inductor"))
-    assert compiled[-1] < compiled[0]
-    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager))
-    for one, other in zip(head.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
+    for function in (step, compiled(step, "inductor")):
+        loss = function()
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_graph_contains_the_kernel(reduction: str, triton_backend: str, device: str) -> None:
-    operands, options = make("row_weights", device=device)
-    names = _captured(*operands, **options, reduction=reduction)
-    assert names.count(OPERATOR) == 1
-    assert not any("smooth_l1_loss" in name for name in names)
+def test_graph(reduction: str, backend: str) -> None:
+    """One kernel, or else operations, which a compiler can fuse; no gradient is asked for."""
+    operands, options = call(KINDS[1], reduction=reduction)
+    nodes: list[Any] = []
+    with torch.no_grad():
+        compiled(backend=recorder(nodes))(*operands, **options)
+    kernels = [node for node in nodes if "smooth" in str(node.target)]
+    assert [str(node.target) for node in kernels] == [OPERATOR] * (backend == "triton")
+    assert all(tuple(node.args[-5:]) == (False,) * 5 for node in kernels)
+    assert nodes
 
 
-def test_graph_of_eager_pytorch_contains_no_kernel(eager_backend: str, device: str) -> None:
-    """The compiler sees what it can fuse: a composition, not an opaque call."""
-    operands, options = make("row_weights", device=device)
-    names = _captured(*operands, **options)
-    assert names
-    assert not any("fused_smoothl1" in name for name in names)
+@support.on_kernel
+def test_one_launch_and_a_product(launches: list[str]) -> None:
+    """The gradient came with the loss; in the backward pass nothing is computed anew."""
+    nodes: list[Any] = []
 
+    def of_backward(*graph: Any) -> Any:
+        return make_boxed_func(recorder(nodes)(*graph))
 
-def test_compiled_graph_launches_the_kernel(device: str, launches: list[str]) -> None:
-    operands, options = make("plain", device=device)
-    loss = _compiled()(*operands, **options)
+    loss = compiled(backend=aot_autograd(fw_compiler=nop, bw_compiler=of_backward))(*boxes(6))
     assert launches == ["smooth_l1_kernel"]
     loss.backward()
-    assert launches == ["smooth_l1_kernel"], "the gradient came with the loss"
+    assert launches == ["smooth_l1_kernel"]
+    assert {str(node.target) for node in nodes} == {"aten.detach.default", "aten.mul.Tensor"}
 
 
-def test_compiled_backward_is_a_product(triton_backend: str, device: str) -> None:
-    """Of the saved gradient and what arrives: nothing is computed anew."""
-    names: list[str] = []
-
-    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
-        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
-
-    operands, options = make("plain", device=device)
-    compiler = aot_autograd(fw_compiler=nop, bw_compiler=record)
-    torch.compile(smooth_l1_loss, backend=compiler)(*operands, **options).backward()
-    assert set(names) == {"aten.detach.default", "aten.mul.Tensor"}
-
-
-@pytest.mark.filterwarnings("error:Dynamo")
-@pytest.mark.parametrize("mode", ["no_grad", "train", "transform"])
-def test_runs_as_it_stands_where_the_compiler_gives_up(
-    mode: str, backend: str, device: str
-) -> None:
-    """It would go on with what the call is made of, down to the launch."""
-    x = gaussian(6, 4, seed=1, device=device, requires_grad=mode == "train")
-    target = gaussian(6, 4, seed=2, device=device)
-    files: set[str] = set()
-
-    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
-        for node in graph.graph.nodes:
-            files.update(re.findall(r"fused_smoothl1.(\w+)\.py", node.stack_trace or ""))
-        return graph.forward
-
-    def step(count: Any) -> Any:
-        if mode == "transform":
-            return torch.func.grad(
-                lambda x: smooth_l1_loss(x, target, reduction="sum", normalizer=count)
-            )(x)
-        with torch.set_grad_enabled(mode == "train"):
-            loss = smooth_l1_loss(x, target, reduction="sum", normalizer=count)
-        if mode == "train":
-            loss.backward()
-        return loss
-
-    compiled = torch.compile(step, backend=record)
-    for count in (3, 5, 7):
-        # (As an argument of a compiled function, one of NumPy's numbers is an array.)
-        torch.testing.assert_close(compiled(np.float32(count)), step(count))
-    assert files <= {"functional"}
-
-
-def test_no_grad_computes_no_gradient(triton_backend: str, device: str) -> None:
-    wanted: list[Any] = []
-
-    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
-        wanted.extend(node.args[-4:] for node in graph.graph.nodes if str(node.target) == OPERATOR)
-        return graph.forward
-
-    operands, options = make("plain", device=device)
-    with torch.no_grad():
-        loss = _compiled(backend=record)(*operands, **options)
-    assert [tuple(needs) for needs in wanted] == [(False,) * 4]
-    torch.testing.assert_close(loss, smooth_l1_loss(*operands, **options).detach())
-
-
-def test_a_new_sigma_compiles_no_kernel(
-    triton_backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@support.on_kernel
+def test_a_new_sigma_compiles_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all arguments of a launch, only floats differ: Triton compiles nothing for their values.
 
     It does for constants, for an integer that is 1 or divides by 16, and for other dtypes.
@@ -254,123 +144,246 @@ def test_a_new_sigma_compiles_no_kernel(
     from fused_smoothl1 import kernel, launcher
 
     launched: list[tuple[Any, ...]] = []
-    parameters = inspect.signature(kernel.smooth_l1_kernel.fn).parameters
-    names = [name for name, p in parameters.items() if "constexpr" not in str(p.annotation)]
-    assert {"beta", "inverse_beta"} <= set(names) < set(parameters)
+    parameters = list(inspect.signature(kernel.smooth_l1_kernel.fn).parameters)
 
-    def record(
-        code: Any, programs: int, stream: int, tensors: Any, addresses: Any, others: Any
-    ) -> None:
+    def record(code: Any, programs: int, stream: int, tensors: Any, _: Any, others: Any) -> None:
         launched.append((*code.grouped(tensors), *others))
 
-    def leaves(values: tuple[Any, ...]) -> list[Any]:
-        return [leaf for v in values for leaf in (leaves(v) if isinstance(v, tuple) else [v])]
+    def unpacked(values: tuple[Any, ...]) -> list[Any]:
+        return [leaf for v in values for leaf in (unpacked(v) if isinstance(v, tuple) else [v])]
 
     monkeypatch.setattr(launcher.Code, "launch", record)
-    operands, _ = make("row_weights", device=device)
-    for options in ({"sigma": 1}, {"sigma": 3.0}, {"beta": 16}, {"beta": 0}, {"beta": 1e-38}, {}):
-        smooth_l1_loss(*operands, **options)
-    for values in zip(*map(leaves, launched), strict=True):
+    operands = boxes(6, (6, 1), (4,))
+    for beta in (1, 1 / 9, 16, 0, 1e-38):
+        smooth_l1_loss(*operands, beta=beta)
+    for values in zip(*map(unpacked, launched), strict=True):
         if not isinstance(values[0], Tensor):
             assert all(type(v) is float for v in values) or len(set(values)) == 1
-    beta = list(parameters).index("beta")
-    assert [arguments[beta] for arguments in launched] == [1, 1 / 9, 16, 0, 1e-38, 1]
+    assert [one[parameters.index("beta")] for one in launched] == [1, 1 / 9, 16, 0, 1e-38]
 
 
-@pytest.mark.parametrize("needed", [(0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_float16(reduction: str, needed: tuple[int, ...], backend: str, device: str) -> None:
-    """A GradScaler's upstream gradient is inside before the one rounding to float16."""
-    n = 4096
-    input, target = pair = [
-        gaussian(
-            n, seed=i, scale=1e-2, dtype=torch.float16, device=device, requires_grad=i in needed
-        )
-        for i in range(2)
-    ]
-    scale = 65536.0 if reduction == "mean" else 1.0
-    weights = 2.0**-10
-    loss = _compiled()(input, target, None, weights, reduction=reduction)
-    assert loss.dtype == (torch.float32 if reduction == "mean" else torch.float16)
-    sources = [pair[i] for i in needed]
-    gradients = torch.autograd.grad(loss, sources, torch.full_like(loss, scale))
-    # Quadratic all over: the gradient is the weighted difference, times the upstream gradient.
-    divisor = n if reduction == "mean" else 1
-    exact = (input.detach().double() - target.detach().double()) * weights * scale / divisor
-    for i, gradient in zip(needed, gradients, strict=True):
-        assert gradient.dtype == torch.float16
-        expected = (-exact if i else exact).cpu().numpy()
-        assert_near("gradient", gradient, expected, computed_in=torch.float32)
+@pytest.mark.filterwarnings("error:Dynamo")
+@pytest.mark.parametrize("mode", ["no_grad", "train", "transform"])
+def test_runs_as_it_stands_where_the_compiler_gives_up(mode: str) -> None:
+    """It would go on with what the call is made of, down to the launch."""
+    x, target = boxes(6, grad=mode == "train")
+    nodes: list[Any] = []
+
+    def step(count: Any) -> Any:
+        loss = partial(smooth_l1_loss, target=target, reduction="sum", normalizer=count)
+        if mode == "transform":
+            return torch.func.grad(loss)(x)
+        with torch.set_grad_enabled(mode == "train"):
+            value = loss(x)
+        if mode == "train":
+            value.backward()
+        return value
+
+    partly = torch.compile(step, backend=recorder(nodes))
+    for count in (3, 5, 7):
+        # (As an argument of a compiled function, one of NumPy's numbers is an array.)
+        assert_close(partly(np.float32(count)), step(count))
+    traces = " ".join(node.stack_trace or "" for node in nodes)
+    assert set(re.findall(r"fused_smoothl1.(\w+)\.py", traces)) <= {"functional"}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("beta", -1.0, r"beta must be in \[0, inf\), got -1\.0"),
+        ("sigma", -2.0, r"sigma must be in \(0, inf\], got -2\.0"),
+        ("normalizer", -3.0, "normalizer must be a finite number above 0"),
+    ],
+)
+def test_a_wrong_value_among_others_raises(name: str, wrong: float, message: str) -> None:
+    operands = boxes(6)
+    loss: Loss = torch.compile(smooth_l1_loss, backend="aot_eager")
+    for value in (0.5, 0.7, 0.9):
+        loss(*operands, reduction="sum", **{name: value})
+    with pytest.raises(Exception, match=message):
+        loss(*operands, reduction="sum", **{name: wrong})
+
+
+def _everywhere(f: Loss, x: Tensor, n: Any) -> Tensor:
+    """Every number that a call can have, with every reduction."""
+    losses = [f(x, outside_weights=n, sigma=n + 3, reduction="sum", normalizer=n + 2)]
+    for reduction in REDUCTIONS:
+        losses.append(f(x, outside_weights=n + 1, sigma=n + 5, reduction=reduction).sum())
+    return torch.stack(losses)
+
+
+def _under_vmap(f: Loss, x: Tensor, n: Any) -> Tensor:
+    options = {"sigma": n + 2, "reduction": "sum", "normalizer": n + 1}
+    return torch.vmap(lambda x: f(x, outside_weights=n, **options))(torch.stack([x, -x]))
+
+
+# Calls with a number in them, of the library's function and of the composition.
+NUMBERED: dict[str, Callable[[Loss, Tensor, Any], Tensor]] = {
+    "beta": lambda f, x, n: f(x, beta=n),
+    "sigma": lambda f, x, n: f(x, sigma=n, reduction="none"),
+    "outside": lambda f, x, n: f(x, outside_weights=n, reduction="none"),
+    "normalizer": lambda f, x, n: f(x, reduction="sum", normalizer=n),
+    "two": lambda f, x, n: f(x, beta=n) + f(x, sigma=n + 1),
+    # Among others L1, and the numbers for which weights and divisors are left out.
+    "special": lambda f, x, n: f(x, beta=n - 1) + f(x, outside_weights=n - 1),
+    "everywhere": _everywhere,
+    "under vmap": _under_vmap,
+}
+FLOATS, INTEGERS = (1.7, 1.5, 1.0, 3.0, 2.0, 1.3, 1.0), (3, 5, 7, 2, 1, 13, 17)
+
+
+def assert_right(
+    name: str, weights: str, numbers: Any, compiler: str = "aot_eager", dtype: Any = torch.float32
+) -> None:
+    x, target, rows = boxes(6, (6, 1), dtype=dtype)
+    inside = {"none": None, "rows": rows, "mask": rows > 0}[weights]
+
+    def step(function: Loss, x: Tensor, number: Any) -> Tensor:
+        return NUMBERED[name](partial(function, target=target, inside_weights=inside), x, number)
+
+    counter = CompileCounterWithBackend(compiler)
+    loss = compiled(partial(step, smooth_l1_loss), counter)
+    for number in numbers:
+        assert_close(*(results(f, [x, number], 1.5) for f in (loss, partial(step, composed))))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize(("numbers", "weights"), [(FLOATS, "mask"), (INTEGERS, "rows")])
+@pytest.mark.parametrize("name", NUMBERED)
+def test_numbers_that_change(name: str, numbers: Any, weights: str) -> None:
+    """They are right, and hardly ever compiled for."""
+    assert_right(name, weights, numbers)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("everywhere", "mask"), ("two", "rows")])
+def test_numbers_in_generated_code(name: str, weights: str) -> None:
+    """It has been wrong with symbols where what was captured is right."""
+    assert_right(name, weights, FLOATS[:5], "inductor")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(
-    dtype: torch.dtype, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tests.support, "smooth_l1_loss", _compiled())
-    operands, options = make("trained_weights", dtype=dtype, device=device)
-    check(*operands, **options)
+@pytest.mark.parametrize("name", ["outside", "sigma"])
+def test_a_number_decides_no_dtype(name: str, dtype: torch.dtype) -> None:
+    """A tensor in its place must neither promote 16 bits nor have fewer than the arithmetic."""
+    assert_right(name, "none", FLOATS, dtype=dtype)
 
 
-def test_channels_last(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tests.support, "smooth_l1_loss", _compiled())
-    shape = (2, 4, 3, 5)
-    input, target = (
-        gaussian(*shape, seed=seed, device=device).to(memory_format=torch.channels_last)
-        for seed in (1, 2)
-    )
-    check(input.requires_grad_(), target, coin(2, 1, 3, 5, seed=3, device=device))
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_numbers_of_numpy(kind: Any) -> None:
+    operands = boxes(6)
+
+    def step(f: Loss, number: Any) -> Tensor:
+        normalized = f(*operands, reduction="sum", normalizer=number)
+        return normalized + f(*operands, outside_weights=number)
+
+    partly = torch.compile(partial(step, smooth_l1_loss), backend="aot_eager")
+    for value in (3, 5, 7):
+        assert_close(partly(kind(value)), step(composed, value))
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_backward_twice(reduction: Reduction, backend: str, device: str) -> None:
-    """What the first pass handed out is not written to by the second."""
-    operands, options = make("row_weights", device=device)
-    loss = _compiled()(*operands, **options, reduction=reduction)
-    expected = smooth_l1_loss(*operands, **options, reduction=reduction)
-    above = torch.full_like(loss, 1.5)
-    first, second = (
-        torch.autograd.grad(loss, trained(operands), above, retain_graph=True) for _ in range(2)
-    )
-    torch.testing.assert_close(list(first), _gradients(expected, operands))
-    torch.testing.assert_close(first, second)
+def test_attribute_of_a_module() -> None:
+    """Warm-up of beta on one module, then other modules through the same compiled function."""
+    operands = boxes(64)
+    counter = CompileCounterWithBackend("inductor")
+    loss = compiled(lambda criterion: criterion(*operands), counter)
+    kept = SmoothL1Loss(beta=0.2)
+    for beta in (0.2, 0.5, 1.0, 3.0):
+        kept.beta = beta
+        assert_close(loss(kept), composed(*operands, beta=beta))
+    for beta in (0.3, 2.0, 4.0):
+        assert_close(loss(SmoothL1Loss(beta=beta)), composed(*operands, beta=beta))
+    assert counter.frame_count <= 4
 
 
-def test_empty(backend: str, device: str) -> None:
-    input = torch.zeros(0, 4, device=device, requires_grad=True)
-    loss = _compiled()(input, torch.zeros(0, 4, device=device))
-    assert loss.item() == 0
-    loss.backward()
-    assert input.grad is not None
-    assert input.grad.shape == (0, 4)
+@pytest.mark.parametrize(("name", "number"), [("sigma", 1e-20), ("beta", 1e39)])
+def test_numbers_beyond_the_largest(name: str, number: float) -> None:
+    """Where the difference of two numbers is inf, the loss is, whoever put a symbol for beta."""
+    x, loss = torch.tensor([3e38, 1.0, -torch.inf], device=DEVICE), compiled()
+    for factor in (1, 2, 3):
+        options: dict[str, Any] = {"reduction": "none", name: factor * number}
+        assert_close(loss(x, -x, **options), smooth_l1_loss(x, -x, **options))
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (2,), (2, 4, 1), ()], ids=str)
-def test_errors_stay_errors(shape: tuple[int, ...], backend: str, device: str) -> None:
-    compiled = torch.compile(smooth_l1_loss, backend="aot_eager")
-    match = rf"target must have input's shape.*{re.escape(str(shape))}.*\(2, 4\)"
-    with pytest.raises(Exception, match=match):
-        compiled(torch.zeros(2, 4, device=device), torch.zeros(shape, device=device))
+# Sizes and numbers that depend on data, of predictions, targets and a mask of their rows.
 
 
-def test_two_losses_in_one_graph(backend: str, device: str) -> None:
-    """Classification aside, a detector has two box losses with settings of their own."""
-
-    def step(one: list[Any], other: list[Any], sigma: float) -> Tensor:
-        first = smooth_l1_loss(*one, sigma=sigma, reduction="batchmean")
-        return first + 2 * smooth_l1_loss(*other, beta=0.5)
-
-    one, other = make("bool_rows", device=device)[0], make("row_weights", 9, device=device)[0]
-    compiled = _compiled(step)
-    for sigma in (3.0, 1.0):
-        got, expected = compiled(one, other, sigma), step(one, other, sigma)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(_gradients(got, one + other), _gradients(expected, one + other))
+def _first_rows(f: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
+    n = int(m.sum().item())
+    # (PyTorch 2.9 does not compile x[:n].)
+    return f(x.narrow(0, 0, n), t.narrow(0, 0, n))
 
 
-def test_operands_are_left_alone(backend: str, device: str) -> None:
-    operands, options = make("two_masks", device=device)
-    before = fresh(operands)
-    loss = _compiled()(*operands, **options)
-    _gradients(loss, operands)
-    torch.testing.assert_close(operands, before, rtol=0, atol=0, equal_nan=True)
+def _weights(f: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
+    rows = m.nonzero().squeeze(1)
+    return f(x[rows], t[rows], t[rows, :1], x[rows] > 0)
+
+
+def _counts(f: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
+    """The number of positives as an integer, and a sum of weights as a float."""
+    f = partial(f, reduction="sum")
+    return f(x, t, m[:, None], normalizer=m.sum().item()) + f(x, t, normalizer=t.abs().sum().item())
+
+
+DATA_DEPENDENT: dict[str, Callable[..., Tensor]] = {
+    "rows": lambda f, x, t, m: f(x[m.nonzero().squeeze(1)], t[m.nonzero().squeeze(1)]),
+    # Two sizes that are the same, which only the data know.
+    "rows, twice": lambda f, x, t, m: f(x[m.nonzero().squeeze(1)], t[m]),
+    "first rows": _first_rows,
+    "weights": _weights,
+    "counts": _counts,
+    "outside number": lambda f, x, t, m: f(x, t, None, t.abs().sum().item()),
+    "beta": lambda f, x, t, m: f(x, t, beta=t.abs().mean().item()),
+    "sigma": lambda f, x, t, m: f(x, t, sigma=t.abs().mean().item()),
+}
+
+
+captures_data = torch._dynamo.config.patch(
+    capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+)
+
+
+@pytest.mark.parametrize("name", DATA_DEPENDENT)
+@captures_data
+def test_sizes_and_numbers_that_depend_on_data(name: str) -> None:
+    """With every reduction in one graph, except where a compilation takes long."""
+
+    def step(function: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        each = ["sum"] if name in ("counts", "beta", "sigma") else REDUCTIONS
+        losses = (DATA_DEPENDENT[name](partial(function, reduction=r), x, t, m) for r in each)
+        return torch.stack([loss.sum() for loss in losses])
+
+    loss = compiled(partial(step, smooth_l1_loss))
+    for rows in (6, 9):
+        operands = [*boxes(rows), torch.arange(rows, device=DEVICE) % 3 == 0]
+        assert_close(*(results(f, operands, 1.5) for f in (loss, partial(step, composed))))
+
+
+@pytest.mark.parametrize("wrong", ["target", "weights"])
+@captures_data
+def test_sizes_that_turn_out_to_differ(wrong: str) -> None:
+    """Which nobody knows before the data are there: an error then, not a read past the end."""
+
+    def step(x: Tensor, t: Tensor, m: Tensor, other: Tensor) -> Tensor:
+        target = t[other if wrong == "target" else m]
+        return smooth_l1_loss(x[m], target, t[other, :1], reduction="sum")
+
+    loss, (x, t), row = compiled(step), boxes(6), torch.arange(6, device=DEVICE)
+    assert_close(*(results(f, [x, t, row < 4, row > 1]) for f in (loss, step)))
+    with pytest.raises(RuntimeError, match=r"assertion|Eq"):
+        loss(x, t, row < 4, row < 2)
+
+
+@captures_data
+def test_an_empty_selection_is_0() -> None:
+    """Compiled for any number of rows; none are selected at the second call."""
+
+    def step(x: Tensor, t: Tensor, m: Tensor) -> Tensor:
+        x, t, count = x[m], t[m], m.sum()
+        return smooth_l1_loss(x, t) + smooth_l1_loss(x, t, reduction="sum", normalizer=count)
+
+    loss, operands = compiled(step), boxes(6)
+    for selected in (True, False):
+        mask = torch.full((6,), selected, device=DEVICE)
+        value, gradient = results(loss, [*operands, mask])
+        assert bool(value > 0) == selected
+        assert gradient.isfinite().all()

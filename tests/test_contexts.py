@@ -22,21 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.problem import make_problem
+from tests import support
 from tests.composed import composed
-from tests.support import (
-    KINDS,
-    REDUCTIONS,
-    Loss,
-    boxes,
-    call,
-    coin,
-    loss_dtype,
-    on_both,
-    on_kernel,
-    trained,
-)
+from tests.support import KINDS, REDUCTIONS, Loss, boxes, call
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 WIDER_TARGET = "float64 target, weights of NaN where the mask excludes"
 WEIGHTS = "float32 row and column weights, all gradients"
@@ -66,7 +56,7 @@ class Bound(nn.Module):
 def in_float32(*operands: Any, reduction: str, **options: Any) -> Tensor:
     """Return the composition in the contract's dtypes: 16 bits are computed with in float32."""
     wide = [v.float() if isinstance(v, Tensor) and v.dtype.itemsize == 2 else v for v in operands]
-    dtype = loss_dtype(reduction, *operands, *options.values())
+    dtype = support.loss_dtype(reduction, *operands, *options.values())
     return composed(*wide, reduction=reduction, **options).to(dtype)
 
 
@@ -79,11 +69,11 @@ def bound(kind: str, reduction: str) -> tuple[Bound, Bound, tuple[Tensor, ...]]:
     function: Loss = smooth_l1_loss
     if kind == WIDER_TARGET:
         function, options = poisoned, {"reduction": reduction}
-        operands = boxes(6, coin(6, 1), (6, 1), grad=(True, False, False, True))
+        operands = boxes(6, support.coin(6, 1), (6, 1), grad=(True, False, False, True))
         operands[1] = operands[1].double().requires_grad_()
     else:
         operands, options = call(kind, reduction=reduction)
-    sources = tuple(t.detach() for t in trained(operands, options))
+    sources = tuple(t.detach() for t in support.trained(operands, options))
     return Bound(function, operands, options), Bound(in_float32, operands, options), sources
 
 
@@ -341,7 +331,7 @@ def test_tangents_have_the_dtype_of_the_loss(shape: Any, normalizer: Any) -> Non
             assert_close(tangent.sum(), torch.autograd.grad(f(x).sum(), x)[0].sum())
 
 
-@on_kernel
+@support.on_kernel
 def test_results_of_the_operator_are_differentiable() -> None:
     """Its gradient too, which a graph may hold by itself."""
     x, target = boxes(6)
