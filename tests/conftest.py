@@ -1,8 +1,7 @@
-"""Devices, backends and instruments shared by all tests.
+"""Backends and instruments of all tests.
 
-The device is a fixture, not a copy of a test: with a CUDA GPU every test runs on it with the
-compiled kernel, without one on the CPU with the same kernel under Triton's interpreter. Triton
-reads TRITON_INTERPRET when it is imported, so this file sets it before anything can import it.
+Without a GPU the kernel runs in Triton's interpreter. Triton reads TRITON_INTERPRET when it is
+imported, so this file sets it before anything can import it.
 
 Memory that an allocation leaves uninitialised is filled with NaN (or the largest integer) for
 the whole run: a kernel that reads what it did not write, or does not write what it promises,
@@ -12,24 +11,17 @@ gives NaN here rather than the zeros a fresh page happens to hold.
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests.support import HAS_GPU, HAS_INTERPRETER, HAS_TRITON, NO_INTERPRETER, backend_set
 
-from tests.support import (
-    DEVICE,
-    HAS_GPU,
-    HAS_INTERPRETER,
-    HAS_TRITON,
-    NO_INTERPRETER,
-    backend_set,
-)
-from tests.support import needs_no_gpu as on_interpreter  # noqa: F401
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile(
     "ci",
@@ -71,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _strict_interpreter() -> None:
     """Make the interpreter refuse what a GPU would not survive, and round as a GPU does."""
-    if HAS_TRITON and not torch.cuda.is_available():
+    if HAS_TRITON and not HAS_GPU:
         from tests.interpreter import make_strict
 
         make_strict()
@@ -115,11 +107,8 @@ def _seeded() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test on the backends that it is marked with."""
     mark = metafunc.definition.get_closest_marker("backends")
-    names = mark.args if mark else ()
-    if not mark and "backend" in metafunc.definition._fixtureinfo.argnames:
-        names = ("eager", "triton")
-    if names:
-        metafunc.parametrize("backend", names, indirect=True)
+    if mark:
+        metafunc.parametrize("backend", mark.args, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -127,49 +116,22 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """Choose the backend that the test is marked with; otherwise leave the choice unset."""
     name: str | None = getattr(request, "param", None)
     if name == "triton" and not HAS_TRITON:
-        pytest.skip("Triton is not installed on this machine")
+        pytest.skip("waits for a machine with Triton")
     if name == "triton" and not HAS_INTERPRETER and not HAS_GPU:
         pytest.skip(NO_INTERPRETER)
-    if name is None:
-        yield None
-        return
-    with backend_set(name):
+    with backend_set(name) if name else nullcontext():
         yield name
 
 
-# To be removed with the last test that uses them.
-@pytest.fixture(scope="session")
-def device() -> str:
-    return DEVICE
-
-
 @pytest.fixture
-def triton_backend() -> Iterator[str]:
-    """Run the test on the kernel alone."""
-    if not HAS_TRITON:
-        pytest.skip("Triton is not installed on this machine")
-    if not HAS_INTERPRETER and not HAS_GPU:
-        pytest.skip(NO_INTERPRETER)
-    with backend_set("triton"):
-        yield "triton"
-
-
-@pytest.fixture
-def eager_backend() -> Iterator[str]:
-    """Run the test on eager PyTorch alone."""
-    with backend_set("eager"):
-        yield "eager"
-
-
-@pytest.fixture
-def launches(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launches(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Collect the name of every Triton kernel launched, whoever launches it.
 
     On a GPU Triton's own hook tells of each launch. The interpreter has none: what runs a kernel
     there is patched at the class, so that one this file has never heard of is counted too.
     """
     names: list[str] = []
-    if torch.cuda.is_available():
+    if HAS_GPU:
         from triton import knobs
 
         def tell(metadata: Any) -> None:

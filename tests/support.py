@@ -126,13 +126,12 @@ def values(
     return drawn.to(dtype).to(DEVICE).requires_grad_(grad)
 
 
-def coin(*shape: int, p: float = 0.5, seed: int | None = None, device: str = DEVICE) -> Tensor:
+def coin(*shape: int, p: float = 0.5) -> Tensor:
     """Return a mask of independent throws with probability p, of which the first two differ."""
-    generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape, generator=generator) < p
+    mask = torch.rand(shape) < p
     if mask.numel() > 1 and 0 < p < 1:
         mask.view(-1)[:2] = torch.tensor([True, False])
-    return mask.to(device)
+    return mask.to(DEVICE)
 
 
 def boxes(
@@ -397,33 +396,3 @@ def gradient_unless_modified(loss: Tensor, operand: Tensor) -> Tensor | None:
             raise
         return None
     return gradient
-
-
-# To be removed with the last test that uses them.
-def gaussian(
-    *shape: int,
-    seed: int,
-    scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    requires_grad: bool = False,
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    return values.to(dtype).to(device).requires_grad_(requires_grad)
-
-
-def maker(device: str) -> Callable[..., Tensor]:
-    import itertools
-
-    seeds = itertools.count()
-
-    def make(*shape: int, dtype: str) -> Tensor:
-        kind = getattr(torch, dtype)
-        if not shape:  # a normalizer
-            return torch.tensor(7, dtype=kind, device=device)
-        if kind in MASKS:
-            return coin(*shape, seed=next(seeds), device=device).to(kind)
-        return gaussian(*shape, seed=next(seeds), dtype=kind, device=device)
-
-    return make
