@@ -126,9 +126,9 @@ BAD_CALLS = [
     *bad(TypeError, f"{INPUTS} {WEIGHTS}", SPARSE, "dense...sparse...: pass {name}.to_dense()"),
     *bad(TypeError, f"{INPUTS} {WEIGHTS}", NESTED, PADDED),
     *bad(TypeError, INPUTS, [1.0, 2, None, *ARRAYS, "loss"], "torch.Tensor...{type}..."),
-    *bad(TypeError, "inside_weights", [1j, object()], "be a torch.Tensor, got {type}"),
+    *bad(TypeError, "inside_weights", [1j, slice(3)], "be a torch.Tensor, got {type}"),
     *bad(TypeError, "inside_weights", ARRAYS, "be a torch.Tensor...{type}: torch.as_tensor..."),
-    *bad(TypeError, "outside_weights", [1j, object()], "number or a torch.Tensor, got {type}"),
+    *bad(TypeError, "outside_weights", [1j, slice(3)], "number or a torch.Tensor, got {type}"),
     *bad(TypeError, "outside_weights", ARRAYS, "number or...Tensor...{type}: torch.as_tensor..."),
     # In other libraries other arguments have this place: beta in detectron2 and fvcore, PyTorch's
     # size_average and reduce, and reductions by position.
