@@ -147,12 +147,10 @@ def _quotient(value: Tensor, problem: Problem) -> Tensor:
     return value / _as_tensor(problem.divisor_number, value)
 
 
-def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
-    """Return the value as a tensor of the same dtype.
+def _as_tensor(value: float, like: Tensor) -> Tensor:
+    """Return a number as a tensor of the same dtype.
 
     The product of a number and a tensor without dimensions would have a float64 tangent, and where
     make_fx traces a transform before autograd, products with numbers are not possible at all.
     """
-    if isinstance(value, Tensor):
-        return value.to(like.dtype)
     return like.new_full((), in_range(value, like.dtype))

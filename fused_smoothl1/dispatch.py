@@ -160,7 +160,7 @@ def _triton_on(device: torch.device) -> Backend:
             "set TRITON_INTERPRET=1 before Triton is first imported to run the kernel in Triton's "
             "interpreter",
         )
-    launcher.gpu_of(device)
+    launcher.gpu_of(device)  # Raises without a driver that works.
     return launch
 
 
@@ -192,9 +192,7 @@ class _UntilItFails:
         return eager.backward(problem, upstream, needs)
 
     @untraced
-    def scale(
-        self, gradients: Gradients, upstream: Tensor, has_masks: bool = False
-    ) -> Gradients | None:
+    def scale(self, gradients: Gradients, upstream: Tensor, has_masks: bool) -> Gradients | None:
         try:
             return self.launch.scale(gradients, upstream, has_masks)
         except NoKernelError as obstacle:

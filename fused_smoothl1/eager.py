@@ -31,8 +31,8 @@ from fused_smoothl1.problem import (
 # The gradient of PyTorch's own loss, and how it numbers the reductions.
 smooth_l1_gradient: Any = torch.ops.aten.smooth_l1_loss_backward.grad_input
 NONE, MEAN, SUM = 0, 1, 2
-# Both square the difference, or multiply it by the upstream gradient, before they divide by beta.
-# Outside of this range of betas, ordinary numbers would underflow or overflow on the way.
+# The loss squares the difference, and its gradient multiplies it by the upstream gradient, before
+# they divide by beta. Outside of this range of betas, ordinary numbers would leave theirs.
 LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -71,8 +71,8 @@ class Terms(NamedTuple):
 def native_loss(problem: Problem) -> Tensor | None:
     """Return PyTorch's own loss, connected to the graph of its operands, or None.
 
-    None unless the operands are bare, contiguous and of the compute dtype, the divisor is 1 or
-    their size, and beta is ordinary; nor for a large sum: its gradient is better made with it.
+    It serves operands without weights, of the compute dtype, if the input is contiguous, the
+    divisor 1 or their size, and beta ordinary. Not a large sum: its gradient is made with it.
     """
     if not (problem.inside is problem.outside is problem.beta is problem.divisor is None):
         return None
@@ -80,7 +80,7 @@ def native_loss(problem: Problem) -> Tensor | None:
     # (The strides of dimensions of size 1 may be anything.)
     if 1 in input.shape and input.stride() != torch.empty(input.shape, device="meta").stride():
         return None
-    numel, beta = input.numel(), _exact(beta_and_inverse(problem)[0])
+    numel, beta = input.numel(), _native_beta(beta_and_inverse(problem)[0])
     if not (
         problem.outside_number == 1
         and divisor in (1, numel)
@@ -106,7 +106,7 @@ def forward(
     terms = _terms(problem, needs)
     if not problem.reduce:
         return _cast(_losses(terms, terms.outside), problem.loss_dtype), NO_GRADIENTS
-    numel, scale = problem.input.numel(), _scale(problem)
+    numel, scale = problem.input.numel(), _inverse_divisor(problem)
     if numel <= PART:
         total = _losses(terms, terms.outside).sum()
     else:
@@ -121,14 +121,14 @@ def forward(
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
     terms, scale = _terms(problem, needs), _cast(upstream, problem.compute_dtype)
-    if (of_sum := _scale(problem)) is not None:
+    if (of_sum := _inverse_divisor(problem)) is not None:
         scale = scale * of_sum
     grad_outside = _losses(terms, scale) if needs[3] else None
     gradients = _gradients(problem, terms, scale, needs)
     return sum_to_operands(problem, (*gradients[:3], grad_outside, gradients[4]))
 
 
-def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
+def scale(gradients: Gradients, upstream: Tensor, has_masks: bool) -> Gradients | None:
     """Multiply what `forward` returned by the upstream gradient, in place."""
     if has_masks and not _is_known_to_be_finite(upstream):
         return None
@@ -145,7 +145,7 @@ def recompute(problem: Problem, gradients: Gradients, upstream: Tensor, needs: N
     return backward(problem, upstream, needs)
 
 
-def _exact(beta: Factor) -> float | None:
+def _native_beta(beta: Factor) -> float | None:
     """Return beta if it is a number for which PyTorch's own loss keeps the contract, else None."""
     if isinstance(beta, Tensor):
         return None
@@ -191,12 +191,12 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
 
 
 def _terms(problem: Problem, needs: Needs) -> Terms:
-    masks, inside, outside = split_weights(problem, lambda number: _as_tensor(problem, number))
+    masks, inside, outside = split_weights(problem, lambda number: _number_tensor(number, problem))
     left, right, dtype = problem.input, problem.target, problem.compute_dtype
     beta, inverse_beta, steepness = _transition(problem, needs)
     is_bare = inside is outside is None and not masks and left.dtype == right.dtype == dtype
-    if not (is_bare and _exact(beta)):
-        left, right = _difference(problem), _as_tensor(problem, 0.0)
+    if not (is_bare and _native_beta(beta)):
+        left, right = _difference(problem), _number_tensor(0.0, problem)
         if inside is not None:
             left.mul_(inside)
         _exclude(left, masks)
@@ -251,9 +251,9 @@ def _parts(problem: Problem, terms: Terms) -> Iterator[Terms]:
 def _losses(terms: Terms, weights: Tensor | None) -> Tensor:
     """Return the losses of the elements times these weights; what is not selected has 0."""
     left, beta = terms.left, terms.beta
-    losses, exact_beta = torch.empty_like(left), _exact(beta)
-    if exact_beta is not None:
-        torch_smooth_l1(left, terms.right, NONE, exact_beta, out=losses)
+    losses, native_beta = torch.empty_like(left), _native_beta(beta)
+    if native_beta is not None:
+        torch_smooth_l1(left, terms.right, NONE, native_beta, out=losses)
     else:  # The slope times (x - clamp(x) / 2), where nothing is squared.
         slopes, bound = (left * terms.inverse_beta).clamp_(-1, 1), cast(Any, beta)
         torch.clamp(left, -bound, bound, out=losses).mul_(-0.5).add_(left).mul_(slopes)
@@ -264,12 +264,12 @@ def _losses(terms: Terms, weights: Tensor | None) -> Tensor:
     return losses
 
 
-def _scale(problem: Problem) -> Tensor | None:
+def _inverse_divisor(problem: Problem) -> Tensor | None:
     """Return what the sum is multiplied by, or None for 1."""
     if problem.divisor is not None:
         return _cast(problem.divisor, problem.compute_dtype).reciprocal()
     number = problem.divisor_number
-    return None if number == 1 else _as_tensor(problem, 1.0 / number)
+    return None if number == 1 else _number_tensor(1.0 / number, problem)
 
 
 def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Needs) -> Gradients:
@@ -281,7 +281,7 @@ def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Need
     grad_input = grad_target = grad_inside = grad_beta = None
     if right is problem.target:
         gradient = torch.empty_like(left)
-        upstream = _as_tensor(problem, 1.0) if scale is None else scale
+        upstream = _number_tensor(1.0, problem) if scale is None else scale
         smooth_l1_gradient(upstream, left, right, NONE, beta, grad_input=gradient)
     else:
         for factor in (inverse_beta, steepness):
@@ -334,7 +334,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _as_tensor(problem: Problem, value: float) -> Tensor:
+def _number_tensor(value: float, problem: Problem) -> Tensor:
     """Return a number as a tensor of the compute dtype, so that products cost less."""
     if problem.input.is_cpu:
         return _cached_tensor(value, problem.compute_dtype)

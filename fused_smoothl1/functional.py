@@ -57,8 +57,8 @@ def smooth_l1_loss(
         \end{cases} \\
         \text{loss} &= \text{outside} \cdot f(x)\text{, then reduced}
 
-    with :math:`\beta = 1 / \sigma^2`. Where ``beta`` tends to 0 this is the L1 loss; ``beta`` times
-    this loss is the Huber loss with ``delta = beta``.
+    with :math:`\beta = 1 / \sigma^2`. As ``beta`` tends to 0 this becomes the L1 loss; ``beta``
+    times this loss is the Huber loss with ``delta = beta``.
 
     On a GPU one Triton kernel computes the loss, and in the same pass the gradient where it can;
     nothing waits for the GPU, and the same call gives the same bits at every run. Elsewhere eager
@@ -88,11 +88,11 @@ def smooth_l1_loss(
             With neither ``sigma`` nor ``beta``, 1.
         reduction: ``"none"``: the loss of every element. ``"sum"``. ``"mean"``: the sum divided by
             the number of elements, selected or not. ``"batchmean"``: the sum divided by
-            ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in PyTorch).
-        normalizer: with ``"sum"`` only: what the sum is divided by. A number above 0, or a tensor
-            without dimensions, on the input's device, which the host never reads: the number of
-            positives, all-reduced over the ranks if you like. It gets no gradient. Where a tensor
-            is 0, the result is that of a division: NaN, or inf.
+            ``input.shape[0]``, as in the Caffe layer (by 1 for a 0-d input, as in ``F.kl_div``).
+        normalizer: with ``"sum"`` only: what the sum is divided by. A finite number above 0, or a
+            tensor without dimensions, on the input's device, which the host never reads: the number
+            of positives, all-reduced over the ranks if you like. It gets no gradient. Where a
+            tensor is 0, the result is that of a division: NaN, or inf.
 
     Returns:
         The loss. Reduced, it has no dimensions and is float32, or float64 if any operand is.
@@ -134,12 +134,12 @@ def smooth_l1_loss(
         ... )
         >>> loss.backward()
     """
-    tensors = (input, target, inside_weights, outside_weights, sigma, beta, normalizer)
+    arguments = (input, target, inside_weights, outside_weights, sigma, beta, normalizer)
     # Like PyTorch's own functions: torch.fx records this call, and a subclass may override it.
-    if has_torch_function(tensors):
+    if has_torch_function(arguments):
         options: Any = {"sigma": sigma, "beta": beta, "reduction": reduction}
         options["normalizer"] = normalizer
-        return handle_torch_function(smooth_l1_loss, tensors, *tensors[:4], **options)
+        return handle_torch_function(smooth_l1_loss, arguments, *arguments[:4], **options)
     _check_tensor("input", input, FLOAT_DTYPES)
     _check_tensor("target", target, FLOAT_DTYPES, input)
     if not _has_shape(target, input.shape):
@@ -294,7 +294,7 @@ def _way_out(name: str, shape: torch.Size, to: torch.Size) -> str:
 
 
 def _differ_by_ones(one: Tensor, other: Tensor) -> bool:
-    """Whether one shape has sizes of 1 more than the other, and is the same otherwise.
+    """Whether two shapes differ in how many sizes of 1 they have, and in nothing else.
 
     (Where both have as many, one may be transposed.)
     """
@@ -388,7 +388,7 @@ def _number(name: str, value: Any, alternative: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number{alternative}, got {_kind(value)}")
     if isinstance(value, int) and not is_static(value):
-        # As an integer: PyTorch 2.9 compiles no product of a tensor and its conversion to a float.
+        # As an integer: PyTorch 2.9 compiles no product of a tensor and a float made of it.
         return value
     try:
         return float(value)

@@ -55,14 +55,14 @@ def _transition(beta, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _scale(divisor_ptr, scale):
+def _inverse_divisor(divisor_ptr, inverse_divisor):
     """Return what the sum is multiplied by, in float64.
 
     It is computed where it is used: kept through a loop, it would be spilled. (It is read past the
     first-level cache only because everything after the ticket must be, which the tests check.)
     """
     if divisor_ptr is None:
-        return tl.full((), scale, tl.float64)
+        return tl.full((), inverse_divisor, tl.float64)
     else:
         return 1 / tl.load(divisor_ptr, cache_modifier=".cg").to(tl.float64)
 
@@ -121,9 +121,9 @@ def _load(
 
     operands, strides, ACCESS, sizes, ALIGNED: as in `smooth_l1_kernel`
     OPERAND: which of the operands
-    group:   [GROUPS, 1] index of each group's first element
+    group:   [BLOCK // LANES, 1] index of each group's first element
     lane:    [1, LANES] position in the group
-    mask:    [GROUPS, 1] or [GROUPS, LANES] which elements to load; the others are 0
+    mask:    of group's shape, or [BLOCK // LANES, LANES]: which elements to load; the others are 0
     """
     LANES: tl.constexpr = lane.shape[1]
     ptr = operands[OPERAND]
@@ -202,7 +202,7 @@ def smooth_l1_kernel(
     numel,
     beta: tl.float64,
     inverse_beta: tl.float64,
-    scale: tl.float64,
+    inverse_divisor: tl.float64,
     outside_number: tl.float64,
     ACCESS: tl.constexpr,
     MASKS: tl.constexpr,
@@ -226,15 +226,15 @@ def smooth_l1_kernel(
                    is absent is 1. Where beta is not in [0, inf), loss and gradients are NaN
     gradients:     pointers in the same order, [numel] each, any float dtype; None: not wanted
     loss_ptr:      any float dtype; REDUCE: one element, otherwise [numel]; None: not wanted
-    divisor_ptr:   any real dtype, one element; None: `scale` is used
-    partials_ptr:  float64 [programs], workspace; None: one program only
-    ticket_ptr:    int32, one element, 0 before and after; None: one program only
+    divisor_ptr:   any real dtype, one element; None: `inverse_divisor` is used
+    partials_ptr:  float64 [programs], workspace; None: no sum of several programs
+    ticket_ptr:    int32, one element, 0 before and after; None: likewise
     sizes:         collapsed dimensions, outermost first, the innermost in groups of lanes where
                    ALIGNED; None: no operand needs them
     strides:       of each operand, in elements, one per size; None: not needed
     numel:         elements of the input
     outside_number: what the loss is multiplied by where there is no operand for it
-    scale:         what the sum is multiplied by, 1 / divisor
+    inverse_divisor: what the sum is multiplied by
     beta, inverse_beta: where the quadratic part ends, in [0, inf), and 1 / beta, where there is no
                    operand for it
     ACCESS:        how to reach each operand: "scalar" one element for all; "flat" dense in the
@@ -263,7 +263,7 @@ def smooth_l1_kernel(
         upstream = tl.load(operands[UPSTREAM]).to(COMPUTE)
     if UNLESS_ONE:
         numel = tl.where(upstream == 1, 0, numel)
-    common_scale = upstream * _scale(divisor_ptr, scale).to(COMPUTE)
+    common_scale = upstream * _inverse_divisor(divisor_ptr, inverse_divisor).to(COMPUTE)
 
     lane = tl.arange(0, LANES)[None, :]
     first = tl.arange(0, BLOCK // LANES)[:, None] * LANES
@@ -337,7 +337,7 @@ def smooth_l1_kernel(
     if REDUCE:
         partial = tl.sum(tl.sum(total, 1), 0).to(tl.float64)
         if ticket_ptr is None:
-            tl.store(loss_ptr, partial * _scale(divisor_ptr, scale))
+            tl.store(loss_ptr, partial * _inverse_divisor(divisor_ptr, inverse_divisor))
         else:
             tl.store(partials_ptr + program, partial)
             tl.debug_barrier()
@@ -352,7 +352,7 @@ def smooth_l1_kernel(
                         other=0,
                         cache_modifier=".cg",
                     )
-                tl.store(loss_ptr, tl.sum(sums, 0) * _scale(divisor_ptr, scale))
+                tl.store(loss_ptr, tl.sum(sums, 0) * _inverse_divisor(divisor_ptr, inverse_divisor))
                 tl.store(ticket_ptr, 0)
 
 

@@ -17,14 +17,14 @@ from fused_smoothl1.launcher import (
     Arguments,
     Code,
     Facts,
+    FactTuples,
     Gpu,
-    Known,
     addresses_of,
+    as_facts,
     facts_of,
     gpu_of,
-    named,
-    of_integers,
-    of_tensors,
+    integer_key,
+    tensor_key,
 )
 from fused_smoothl1.layout import Ints, broadcast_strides, collapse, contiguous_strides, extent
 from fused_smoothl1.problem import (
@@ -109,7 +109,7 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     return sum_to_operands(problem, gradients)
 
 
-def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gradients | None:
+def scale(gradients: Gradients, upstream: Tensor, has_masks: bool) -> Gradients | None:
     """Multiply what `forward` returned by the upstream gradient, in place and in one launch."""
     if has_masks:
         return None
@@ -122,13 +122,13 @@ def scale(gradients: Gradients, upstream: Tensor, has_masks: bool = False) -> Gr
     gpu = gpu_of(first.device)
     if not gpu.is_current():
         with gpu.made_current():
-            return scale(gradients, upstream)
+            return scale(gradients, upstream, has_masks)
     block = TILE_BYTES // min(gradient.element_size() for gradient in present)
     constants = TRITON_DTYPES[upstream.dtype], INDEX_DTYPES[numel + block > INT32_MAX], block
     tensors = *gradients[:2], _in_memory(upstream)
     addresses = addresses_of(tensors)
-    facts = named(facts_of(tensors, addresses, gpu))
-    kind = constants, numel > INT32_MAX, of_tensors(facts)
+    facts = as_facts(facts_of(tensors, addresses, gpu))
+    kind = constants, numel > INT32_MAX, tensor_key(facts)
     _scale_code(gpu, *kind).launch(
         _programs(gpu, numel, block),
         gpu.stream(),
@@ -162,10 +162,8 @@ def _launch(
             return _launch(problem, upstream, loss, gradients, unless_one, may_be_replayed)
     tensors = (*problem[:OPERANDS], upstream, *problem[OPERANDS:TENSORS], loss, *gradients)
     addresses = addresses_of(tensors)
-    launch = _launch_of(
-        *(gpu, facts_of(tensors, addresses, gpu)),
-        *(problem.compute_dtype, problem.reduce, unless_one),
-    )
+    known = facts_of(tensors, addresses, gpu)
+    launch = _launch_of(gpu, known, problem.compute_dtype, problem.reduce, unless_one)
     if launch is None or 0 in addresses:
         problem = Problem._make((*map(_in_memory, problem[:TENSORS]), *problem[TENSORS:]))
         upstream = _in_memory(upstream)
@@ -176,15 +174,13 @@ def _launch(
     if launch.has_workspace:
         workspace, workspace_addresses = _workspace(gpu, stream, launch.programs, may_be_replayed)
     try:
+        numbers = *beta_and_inverse(problem), 1.0 / problem.divisor_number, problem.outside_number
         launch.code.launch(
             launch.programs,
             stream,
             tensors + workspace,
             addresses + workspace_addresses,
-            (
-                *(*launch.walk, *beta_and_inverse(problem), 1.0 / problem.divisor_number),
-                *(problem.outside_number, *launch.constants),
-            ),
+            (*launch.walk, *numbers, *launch.constants),
         )
     except BaseException:
         # An interrupted launch may leave a ticket drawn: later ones would add up too early.
@@ -195,16 +191,16 @@ def _launch(
 @lru_cache(maxsize=4096)
 def _launch_of(
     gpu: Gpu,
-    known: Known,
+    known: FactTuples,
     compute_dtype: torch.dtype,
     reduce: bool,
     unless_one: bool,
 ) -> Launch | None:
     """Return how a problem is launched, or None if a tensor's values are not those in memory.
 
-    What is known are the facts of `_launch`'s tensors, in their order.
+    `known` holds the facts of `_launch`'s tensors, in their order.
     """
-    facts = named(known)
+    facts = as_facts(known)
     if any(fact is not None and fact.is_negated for fact in facts):
         return None
     walked, (*_, loss), gradients = facts[:WALKED], facts[WALKED:GRADIENTS], facts[GRADIENTS:]
@@ -231,8 +227,8 @@ def _launch_of(
         plan.block,
     )
     walk = plan.sizes, plan.strides, plan.numel
-    integers = of_integers(walk[:2]), plan.numel > INT32_MAX
-    code = _loss_code(gpu, constants, integers, of_tensors(facts), has_workspace)
+    integers = integer_key(walk[:2]), plan.numel > INT32_MAX
+    code = _loss_code(gpu, constants, integers, tensor_key(facts), has_workspace)
     return Launch(code, programs, has_workspace, walk, constants)
 
 

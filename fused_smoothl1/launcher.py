@@ -21,12 +21,12 @@ DIVISOR = 16
 # launch is Triton's own.
 LAUNCHED_WITH = ("run", "function", "packed_metadata")
 # What Triton does not do without, for a message.
-NEEDS = (
+REQUIREMENTS = (
     "it takes a version of Triton that knows the GPU, the driver's library, a C compiler (CC) and "
     "a folder to write to (TRITON_CACHE_DIR)"
 )
-# In errors of the driver that a later launch need not meet again: they say nothing of the tools.
-PASSING = ("out of memory", "captur")
+# Words of errors of the driver that may not recur: the tools are not at fault.
+TRANSIENT = ("out of memory", "captur")
 NO_HOOKS = None, None, None  # Metadata for hooks, a hook before and one after the launch.
 
 Arguments = tuple[Any, ...]
@@ -47,7 +47,7 @@ class Facts(NamedTuple):
 
 
 # The facts of several tensors, as plain tuples: these are made at each call.
-Known = tuple[tuple[Any, ...] | None, ...]
+FactTuples = tuple[tuple[Any, ...] | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def gpu_of(device: torch.device) -> Gpu:
         driver = triton.runtime.driver.active
         target = driver.get_current_target()
     except Exception as error:
-        raise NoKernelError(f"Triton cannot use {device}", NEEDS, error) from error
+        raise NoKernelError(f"Triton cannot use {device}", REQUIREMENTS, error) from error
     is_amd = target.backend == "hip"
     return Gpu(device, module, multiprocessors, driver, target.warp_size, is_amd)
 
@@ -113,8 +113,8 @@ class Code:
 
     For each launch Triton binds the arguments and specialises the code by every one of them, which
     takes far longer than the launch itself; but what it compiled can be launched as it is. All
-    launches of one kind must agree in what Triton specialises by: the constants, `of_tensors` and
-    `of_integers`.
+    launches of one kind must agree in what Triton specialises by: the constants, `tensor_key` and
+    `integer_key`.
     """
 
     def __init__(
@@ -172,10 +172,10 @@ class Code:
             if compiled is not None:  # A hook may have kept Triton from compiling.
                 _ = compiled.run  # To ask for it loads it.
         except Exception as error:
-            if any(words in str(error) for words in PASSING):
+            if any(words in str(error) for words in TRANSIENT):
                 raise
             reason = f"Triton cannot compile or load a kernel for {self.gpu.device}"
-            obstacle = NoKernelError(reason, NEEDS, error)
+            obstacle = NoKernelError(reason, REQUIREMENTS, error)
             self.obstacle = str(obstacle)
             raise obstacle from error
         self.is_loaded = True
@@ -199,7 +199,7 @@ def addresses_of(tensors: Iterable[Tensor | None]) -> tuple[int | None, ...]:
     return tuple([None if t is None else t.data_ptr() for t in tensors])
 
 
-def facts_of(tensors: Iterable[Tensor | None], addresses: Iterable[Any], gpu: Gpu) -> Known:
+def facts_of(tensors: Iterable[Tensor | None], addresses: Iterable[Any], gpu: Gpu) -> FactTuples:
     """Return the facts of tensors that lie at these addresses."""
     is_amd = gpu.is_amd
     return tuple(
@@ -219,18 +219,18 @@ def facts_of(tensors: Iterable[Tensor | None], addresses: Iterable[Any], gpu: Gp
     )
 
 
-def named(known: Known) -> list[Facts | None]:
+def as_facts(known: FactTuples) -> list[Facts | None]:
     """Return facts with their names."""
     return [None if facts is None else Facts._make(facts) for facts in known]
 
 
-def of_tensors(facts: Iterable[Facts | None]) -> Hashable:
+def tensor_key(facts: Iterable[Facts | None]) -> Hashable:
     """Return what Triton specialises by of tensors."""
     return tuple([f and (f.dtype, f.misalignment == 0, f.is_large) for f in facts])
 
 
-def of_integers(value: Any) -> Hashable:
+def integer_key(value: Any) -> Hashable:
     """Return what Triton specialises by of an integer, or of several in nested tuples."""
     if isinstance(value, tuple):
-        return tuple(map(of_integers, value))
+        return tuple(map(integer_key, value))
     return value and (value == 1, value % DIVISOR == 0, value > INT32_MAX)

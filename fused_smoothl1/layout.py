@@ -4,7 +4,6 @@ The kernel walks its operands through this numbering, so that it never copies on
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 Ints = tuple[int, ...]
 
@@ -26,7 +25,6 @@ def contiguous_strides(sizes: Ints) -> Ints:
     return tuple(reversed(strides))
 
 
-@lru_cache(maxsize=4096)
 def collapse(shape: Ints, strides: tuple[Ints, ...]) -> tuple[Ints, tuple[Ints, ...]]:
     """Order dimensions as they lie in memory, and merge neighbours that all tensors allow to merge.
 

@@ -42,8 +42,8 @@ class SmoothL1Loss(nn.Module):
         if sigma is None and beta is None:
             beta = 1.0  # kept for those who read it, as in PyTorch's module
         for name, value in (("sigma", sigma), ("beta", beta)):
-            is_kept = isinstance(value, (nn.Parameter, nn.Buffer))  # where it is assigned
-            if isinstance(value, Tensor) and not is_kept:
+            registers_itself = isinstance(value, (nn.Parameter, nn.Buffer))  # when it is assigned
+            if isinstance(value, Tensor) and not registers_itself:
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)

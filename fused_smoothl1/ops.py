@@ -37,7 +37,7 @@ from fused_smoothl1.problem import (
 )
 
 # The types of a problem's fields in a schema.
-TYPES = {
+SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     float: "float",
@@ -46,13 +46,16 @@ TYPES = {
 }
 # DTensor caches placements by the first integer argument, which a ScalarType is, and those behind
 # it. So `reduce` and `needs`, which decide placements, must come later.
-PROBLEM = ", ".join(f"{TYPES[kind]} {name}" for name, kind in get_type_hints(Problem).items())
+PROBLEM_SCHEMA = ", ".join(
+    f"{SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Problem).items()
+)
 # (torch.jit.trace knows no list of bools.)
-NEEDS = ", ".join(f"bool needs_{name}" for name in Problem._fields[:OPERANDS])
+NEEDS_SCHEMA = ", ".join(f"bool needs_{name}" for name in Problem._fields[:OPERANDS])
 library = new_library("fused_smoothl1")
+OPERAND_GRADIENTS = ", ".join(["Tensor"] * OPERANDS)
 for schema in (
-    f"forward({PROBLEM}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
-    f"backward(Tensor upstream, {PROBLEM}, {NEEDS}) -> ({', '.join(['Tensor'] * OPERANDS)})",
+    f"forward({PROBLEM_SCHEMA}, {NEEDS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"backward(Tensor upstream, {PROBLEM_SCHEMA}, {NEEDS_SCHEMA}) -> ({OPERAND_GRADIENTS})",
 ):
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.fused_smoothl1.forward.default
@@ -63,7 +66,7 @@ BETA = Problem._fields.index("beta")
 Results = tuple[Tensor, ...]
 
 
-def loss(problem: Problem, sigma: float | None = None) -> Tensor:
+def loss(problem: Problem, sigma: float | None) -> Tensor:
     """Return the loss by operations that PyTorch's transformations can look through.
 
     `sigma` is given if `beta_number` was computed from it.
@@ -129,11 +132,11 @@ def _run(*arguments: Any) -> Results:
 
 def _results(arguments: tuple[Any, ...], backend: Any) -> Results:
     """Return the results of an operator for its arguments, from this backend."""
-    *upstream, needs = *arguments[:-OPERANDS], arguments[-OPERANDS:]
-    problem = Problem(*upstream[-FIELDS:])
+    values, needs = arguments[:-OPERANDS], arguments[-OPERANDS:]
+    problem = Problem(*values[-FIELDS:])
     results: tuple[Tensor | None, ...]
-    if len(upstream) > FIELDS:
-        results = backend.backward(problem, upstream[0], needs)
+    if len(values) > FIELDS:
+        results = backend.backward(problem, values[0], needs)
     else:
         loss, gradients = backend.forward(problem, needs, may_be_replayed=True)
         results = (loss, *gradients[:2])
@@ -148,10 +151,10 @@ class _Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with below_autograd():
             results: Results = operator(*arguments)
-        options = TENSORS - FIELDS - OPERANDS  # Where those behind the tensors begin.
+        end_of_tensors = TENSORS - FIELDS - OPERANDS
         gradients = results[1:] if operator is FORWARD else ()
-        ctx.save_for_backward(*arguments[:options], *gradients)
-        ctx.operator, ctx.options = operator, arguments[options:]
+        ctx.save_for_backward(*arguments[:end_of_tensors], *gradients)
+        ctx.operator, ctx.options = operator, arguments[end_of_tensors:]
         return results
 
     @staticmethod

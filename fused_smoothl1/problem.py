@@ -58,14 +58,13 @@ class Problem(NamedTuple):
     compute_dtype: torch.dtype
     """The dtype of arithmetic and accumulation: float64 where any operand is, else float32."""
     loss_dtype: torch.dtype
-    """The dtype of the loss."""
     reduce: bool
     """Whether the loss is a sum over all elements, or one loss per element.
 
-    (It stands behind the dtypes for `ops.PROBLEM`.)
+    (Why it stands behind the dtypes: see `ops.PROBLEM_SCHEMA`.)
     """
     has_masks: bool
-    """Whether `inside` or `outside` is a mask, so that some elements may not be selected."""
+    """Whether `inside` or `outside` is a mask. (Last: `autograd` and `ops` read it there.)"""
 
 
 def make_problem(
@@ -137,9 +136,7 @@ class Backend(Protocol):
         """Return the needed gradients for an upstream gradient of the loss's shape."""
         ...
 
-    def scale(
-        self, gradients: Gradients, upstream: Tensor, has_masks: bool = False
-    ) -> Gradients | None:
+    def scale(self, gradients: Gradients, upstream: Tensor, has_masks: bool) -> Gradients | None:
         """Multiply what `forward` returned by an upstream gradient, overwriting it.
 
         Return None where the product could turn excluded elements into NaN, because the upstream

@@ -35,7 +35,7 @@ def _everywhere(*arguments: Any) -> Placements:
 @register_sharding(ops.FORWARD)
 def forward_rules(*arguments: Any) -> list[Rule]:
     """Every shard gives its part of the sum, because the divisor is global."""
-    *fields, needs = *arguments[:-OPERANDS], arguments[-OPERANDS:]
+    fields, needs = arguments[:-OPERANDS], arguments[-OPERANDS:]
     operands, rest = arguments[:OPERANDS], _everywhere(*arguments[OPERANDS:])
     rules: list[Rule] = [([Replicate()] * 3, _everywhere(*arguments))]
     for dim in range(operands[0].ndim):
@@ -48,7 +48,7 @@ def forward_rules(*arguments: Any) -> list[Rule]:
 @register_sharding(ops.BACKWARD)
 def backward_rules(upstream: Any, *arguments: Any) -> list[Rule]:
     """Every shard gives its part of a broadcast weight's gradient."""
-    *fields, needs = *arguments[:-OPERANDS], arguments[-OPERANDS:]
+    fields, needs = arguments[:-OPERANDS], arguments[-OPERANDS:]
     operands, rest = arguments[:OPERANDS], _everywhere(*arguments[OPERANDS:])
     rules: list[Rule] = [([Replicate()] * OPERANDS, _everywhere(upstream, *arguments))]
     for dim in range(operands[0].ndim):

@@ -164,7 +164,7 @@ def gradients(name: str) -> list[Tensor]:
 
 def product() -> Any:
     backend, gradient = dispatch.backend_on(torch.device("cpu")), torch.ones(1 << 20)
-    return backend.scale((gradient, *NO_GRADIENTS[1:]), torch.tensor(3.0))
+    return backend.scale((gradient, *NO_GRADIENTS[1:]), torch.tensor(3.0), has_masks=False)
 
 
 def operators() -> None:

@@ -33,18 +33,12 @@ def _float64(value: Any) -> Array:
     return np.asarray(value, dtype=np.float64)
 
 
-def _is_mask(weights: Any) -> bool:
-    if isinstance(weights, torch.Tensor):
-        return weights.dtype in (torch.bool, torch.uint8)
-    return isinstance(weights, bool)
-
-
 def _weights(weights: Any, shape: tuple[int, ...]) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Return the factor and the selection of one weight, both of the full shape."""
     if weights is None:
         return np.ones(shape), np.ones(shape, dtype=bool)
     values = np.broadcast_to(_float64(weights), shape)
-    if _is_mask(weights):
+    if isinstance(weights, torch.Tensor) and weights.dtype in (torch.bool, torch.uint8):
         return np.ones(shape), values != 0
     return values, np.ones(shape, dtype=bool)
 

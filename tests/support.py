@@ -119,7 +119,7 @@ def values(
 ) -> Tensor:
     """Return normally distributed values, the same on every device.
 
-    Each call has others, the same at every run of a test; with a seed they are always the same.
+    Each call draws new ones, the same at every run of a test; with a seed always the same.
     """
     generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
@@ -156,7 +156,7 @@ def boxes(
 
 
 def call(name: str, rows: int = 6, **options: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Return operands and options of a call of the catalogue, "float32 dense" for one.
+    """Return operands and options of a call of the catalogue, "float32 dense" for example.
 
     Where a mask does not select, NaN and inf stand in input and target. The options are changed as
     given; a normalizer is left out unless the reduction is a sum.
@@ -304,7 +304,7 @@ def _magnitude(name: str, operands: dict[str, Any], **kwargs: Any) -> Any:
 
 def _absolute(weights: Any) -> Any:
     is_mask = isinstance(weights, Tensor) and weights.dtype in MASKS
-    return weights if weights is None or is_mask or isinstance(weights, bool) else abs(weights)
+    return weights if weights is None or is_mask else abs(weights)
 
 
 def check(
@@ -323,45 +323,36 @@ def check(
     Also asserts what is true of every call: dtypes, shapes, the gradient's strides, and that no
     operand was written to. Returns the loss and the gradients by name.
     """
-    values = (input, target, inside_weights, outside_weights, sigma, beta)
-    operands = dict(zip(NAMES, values, strict=True))
+    given = (input, target, inside_weights, outside_weights, sigma, beta)
+    operands = dict(zip(NAMES, given, strict=True))
     tensors = {name: t for name, t in operands.items() if isinstance(t, Tensor)}
     before = [(t.detach().clone(), t._version) for t in tensors.values()]
     reduction = options.get("reduction", "mean")
 
     loss = smooth_l1_loss(**operands, **options)
 
-    assert loss.dtype == loss_dtype(reduction, *values)
+    assert loss.dtype == loss_dtype(reduction, *given)
     assert loss.device == input.device
     # As autograd hands it down, so that the oracle multiplies by the same rounded number.
     grad_output = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device)
     sources = {name: t for name, t in tensors.items() if t.requires_grad}
     gradients: dict[str, Tensor] = {}
     if sources:
-        upstreams = grad_output.expand(loss.shape)
-        results = torch.autograd.grad(loss, list(sources.values()), upstreams)
-        gradients = dict(zip(sources, results, strict=True))
+        above = grad_output.expand(loss.shape)
+        found = torch.autograd.grad(loss, list(sources.values()), above)
+        gradients = dict(zip(sources, found, strict=True))
 
-    settings = {
-        "reduction": reduction,
-        "normalizer": options.get("normalizer"),
-        "upstream": grad_output,
-    }
+    settings: Any = {"reduction": reduction, "normalizer": options.get("normalizer")}
+    settings["upstream"] = grad_output
     expected = oracle.smooth_l1(**operands, **settings)
-    computed_in = accumulator(*values)
+    computed_in = accumulator(*given)
     if reduction == "none":
         assert_near("loss", loss, expected.loss, computed_in=computed_in)
     else:
         positive = {**operands, "outside_weights": _absolute(outside_weights)}
         absolute = oracle.smooth_l1(**positive, **settings).loss
-        assert_near(
-            "loss",
-            loss,
-            expected.loss,
-            computed_in=computed_in,
-            magnitude=absolute,
-            terms=input.numel(),
-        )
+        summed: Any = {"magnitude": absolute, "terms": input.numel()}
+        assert_near("loss", loss, expected.loss, computed_in=computed_in, **summed)
     for name, gradient in gradients.items():
         operand = operands[name]
         assert gradient.dtype == operand.dtype, f"{name}: gradient in {gradient.dtype}"
@@ -383,7 +374,7 @@ def check(
         )
     for tensor, (value, version) in zip(tensors.values(), before, strict=True):
         assert tensor._version == version, "an operand was written to"
-        assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
+        assert_equal(tensor.detach(), value)
     return {"loss": loss.detach(), **gradients}
 
 

@@ -75,7 +75,7 @@ def cell(row: str, loss: Any) -> str:
             else:  # one multiplies, or fills the loss and waits for a NaN
                 found = (mask * loss(input, target, reduction="none")).sum()
             holds = found.isfinite() and grad(found, input)[0].isfinite().all()
-        case "normaliser that stays on the device":
+        case "normalizer that stays on the device":
             return "`normalizer`" if "normalizer" in options else "no"
         case "reductions":
             found = {f"`{r}`": attempt(loss, input, target, reduction=r) for r in REDUCTIONS}

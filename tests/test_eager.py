@@ -221,6 +221,6 @@ def test_numbers_on_another_device(value: float, expected: float) -> None:
     """They are made there, without a copy; beyond float32 they are infinite, as on the CPU."""
     there = SimpleNamespace(is_cpu=False, new_full=lambda shape, number, dtype: (number, dtype))
     problem: Any = SimpleNamespace(input=there, compute_dtype=torch.float32)
-    assert eager._as_tensor(problem, value) == (expected, torch.float32)
+    assert eager._number_tensor(value, problem) == (expected, torch.float32)
     problem.input = torch.empty(3)
-    assert eager._as_tensor(problem, value).item() == expected
+    assert eager._number_tensor(value, problem).item() == expected

@@ -48,7 +48,8 @@ def _scaled(gpu: FakeGpu, gradients: Sequence[Any], upstream: torch.dtype) -> li
     """Return the launches of a product in place with an upstream gradient."""
     gpu.launches.clear()
     padded = (*gradients, *[None] * (5 - len(gradients)))
-    found = launch.scale(padded, torch.empty((), dtype=upstream, device=gradients[-1].device))
+    above = torch.empty((), dtype=upstream, device=gradients[-1].device)
+    found = launch.scale(padded, above, has_masks=False)
     assert [*map(id, found or ())] == [*map(id, padded)]
     return gpu.launches
 

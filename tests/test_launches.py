@@ -76,5 +76,5 @@ def test_no_number_is_compiled_in() -> None:
     """One kernel serves every value: Triton passes what is a float64 by its type."""
     from fused_smoothl1.kernel import smooth_l1_kernel
 
-    for name in ("beta", "inverse_beta", "scale", "outside_number"):
+    for name in ("beta", "inverse_beta", "inverse_divisor", "outside_number"):
         assert str(smooth_l1_kernel.fn.__annotations__[name]) == "fp64"
