@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests.support import (
+    CALLS,
     DEVICE,
     KINDS,
     NAMES,
@@ -33,7 +34,7 @@ from tests.support import (
 
 pytestmark = on_both
 
-NARROW = ["float16 dense", "bfloat16 dense", "float32, bfloat16 dense, both gradients"]
+NARROW = [name for name in CALLS if "16 " in name]
 # Of inside and outside weights of input (4, 3, 5).
 SHAPES = (((4, 3, 5), ()), ((4, 1, 5), (1,)), ((4, 1, 1), (5,)), ((3, 1), (1, 3, 1)))
 UPSTREAM = (0.0, -0.0, 1.0, -1.0, 3.7, 1e-30, 1e30, math.inf, -math.inf, math.nan)
