@@ -1,5 +1,6 @@
 """How a kernel is launched on a device, without asking Triton each time what it has compiled."""
 
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ REQUIREMENTS = (
 # Words of errors of the driver that may not recur: the tools are not at fault.
 TRANSIENT = ("out of memory", "captur")
 NO_HOOKS = None, None, None  # Metadata for hooks, a hook before and one after the launch.
+
+# Held while a kernel is compiled: with several threads, Python 3.11 was seen to fail in making
+# syntax trees, which would be taken for a Triton that is broken.
+_compiling = threading.RLock()
 
 Arguments = tuple[Any, ...]
 
@@ -168,9 +173,10 @@ class Code:
         if self.obstacle:
             raise NoKernelError(self.obstacle)
         try:
-            compiled = self.kernel.warmup(*arguments, grid=(1,), **self.options)
-            if compiled is not None:  # A hook may have kept Triton from compiling.
-                _ = compiled.run  # To ask for it loads it.
+            with _compiling:
+                compiled = self.kernel.warmup(*arguments, grid=(1,), **self.options)
+                if compiled is not None:  # A hook may have kept Triton from compiling.
+                    _ = compiled.run  # To ask for it loads it.
         except Exception as error:
             if any(words in str(error) for words in TRANSIENT):
                 raise

@@ -5,6 +5,8 @@ No GPU is needed for that, and most of it the interpreter, which has one device,
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.problem import NO_NEEDS, Problem, make_problem
+from fused_smoothl1.problem import NO_NEEDS, NoKernelError, Problem, make_problem
 from tests.fake_gpu import MULTIPROCESSORS, FakeGpu, Launch, fake_gpu
 from tests.support import FLOATS, HAS_TRITON, boxes, needs_no_gpu, needs_triton, on_kernel, values
 
@@ -140,6 +142,24 @@ def test_another_thread_allocates(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch)
     ((thread, stream),) = allocations
     assert thread != threading.get_ident()
     assert stream == 7
+
+
+def test_one_thread_compiles_at_a_time() -> None:
+    meeting = threading.Barrier(2)
+
+    def warmup(**_: Any) -> None:
+        meeting.wait(timeout=0.5)
+
+    def load() -> str:
+        kernel: Any = SimpleNamespace(warmup=warmup)
+        code = launcher.Code(launcher.gpu_of(torch.device("cpu")), kernel, tuple, 4)
+        with pytest.raises(NoKernelError) as caught:
+            code._load(())
+        return str(caught.value)
+
+    with ThreadPoolExecutor() as pool:
+        told = [pool.submit(load) for _ in range(2)]
+    assert all("BrokenBarrierError" in one.result() for one in told), "two of them met"
 
 
 def test_no_workspace(gpu: FakeGpu) -> None:
