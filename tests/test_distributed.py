@@ -7,6 +7,7 @@ communication around the loss.
 
 import copy
 import faulthandler
+import math
 import os
 import re
 import subprocess
@@ -36,7 +37,6 @@ from tests.support import KINDS, ROOT, Loss, boxes, call, coin, results, values
 
 RANKS = 2
 SECONDS = 120
-NAN = float("nan")
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="waits for PyTorch with gloo"
 )
@@ -46,15 +46,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 WEIGHTS, MASK = "float32 row and column weights, all gradients", "float32 element mask"
 Case = tuple[list[Any], dict[str, Any]]  # operands and options
+ddp = nn.parallel.DistributedDataParallel
 
 
-def ddp(head: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(head)
-
-
-def fsdp2(head: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def fsdp2(head: nn.Module) -> nn.Module:
     for module in [*head.children(), head]:
-        fully_shard(module, mesh=mesh)
+        fully_shard(module)
     return head
 
 
@@ -65,14 +62,14 @@ def data_parallel(wrap: Callable[..., nn.Module], positives: str, mesh: DeviceMe
     positive[6:] = coin(6, 1, p=0.3) if positives == "many" else False
     if positives == "one":  # fewer than ranks
         positive &= positive.cumsum(0) == 1
-    batch = features, target.masked_fill(~positive, NAN), positive
+    batch = features, target.masked_fill(~positive, math.nan), positive
     whole, count = copy.deepcopy(head), positive.sum()
     smooth_l1_loss(whole(features), *batch[1:], reduction="sum", normalizer=count).backward()
 
     namespace: dict[str, Any] = {}
     exec(BOX_LOSS, namespace)
     features, *others = (tensor.chunk(RANKS)[dist.get_rank()] for tensor in batch)
-    model = wrap(head, mesh)
+    model = wrap(head)
     namespace["box_loss"](model(features), *others).backward()
     for found, expected in zip(head.parameters(), whole.parameters(), strict=True):
         assert isinstance(found.grad, DTensor if wrap is fsdp2 else Tensor)
@@ -123,9 +120,13 @@ def dtensors(
     assert_close([found[0], *(gradient.full_tensor() for gradient in found[1:])], expected)
 
 
-def with_count(*operands: Any, **options: Any) -> Tensor:
-    """Return the loss divided by the number of selected elements, which the ranks add up."""
-    return smooth_l1_loss(*operands, **{**options, "normalizer": operands[2].sum()})
+def counted(mesh: DeviceMesh) -> None:
+    """Divided by the number of selected elements, which the ranks add up."""
+
+    def loss(*operands: Any, **options: Any) -> Tensor:
+        return smooth_l1_loss(*operands, **options | {"normalizer": operands[2].sum()})
+
+    dtensors(partial(call, MASK, reduction="sum", normalizer=1.0), 0, True, mesh, loss)
 
 
 def numbers_that_change(mesh: DeviceMesh) -> None:
@@ -161,7 +162,7 @@ CHECKS: list[Callable[[DeviceMesh], None]] = [
     ),
     partial(dtensors, partial(call, WEIGHTS), None, False),
     partial(dtensors, partial(call, WEIGHTS, reduction="sum", normalizer=3.0), 0, True),
-    partial(dtensors, partial(call, MASK, reduction="sum"), 0, True, function=with_count),
+    counted,
     numbers_that_change,
 ]
 
