@@ -47,10 +47,11 @@ def exported(module: nn.Module, strict: bool = False, weights: Shape = (4,)) -> 
     return torch.export.export(module, operands, dynamic_shapes=shapes, strict=strict)
 
 
-@pytest.mark.parametrize("weights", [(), (4,), (1, 4)], ids=str)
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_export(reduction: str, strict: bool, weights: Shape, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "weights"), [("none", (4,)), ("sum", ()), ("mean", (4,)), ("batchmean", ())]
+)
+def test_export(reduction: str, weights: Shape, strict: bool, backend: str) -> None:
     """Also saved and loaded, and decomposed as for a compiler; no weights constrain the batch."""
     module, file = Step(reduction), io.BytesIO()
     program = exported(module, strict, weights)
