@@ -76,7 +76,11 @@ def pairs(reduction: Any) -> Pairs:
     each = draw(9, 1, 1, 1).abs()
     by_hand, new = partial(composed, beta=each, reduction=reduction), partial(ours, beta=each)
     yield "beta of samples", by_hand, new
-    yield "Huber of samples", partial(by_hand, outside=each), partial(new, outside_weights=each)
+    yield (
+        "Huber of samples",
+        partial(by_hand, outside_weights=each),
+        partial(new, outside_weights=each),
+    )
 
 
 @pytest.mark.parametrize("group", ["detectors", "none", "sum", "mean"])
