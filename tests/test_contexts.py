@@ -33,7 +33,7 @@ WEIGHTS = "float32 row and column weights, all gradients"
 # The last ones have gradients of another dtype than the arithmetic's.
 ALL_KINDS = (*KINDS, "float16 dense", "float32, bfloat16 dense, both gradients", WIDER_TARGET)
 # (Graphs take longer; and those of make_fx before autograd take what L1 saves for a constant.)
-FEW_KINDS = (WEIGHTS, "float32 beta of rows, its gradient", WIDER_TARGET)
+FEW_KINDS = (WEIGHTS, "float32 beta of rows, its gradient", ALL_KINDS[-2], WIDER_TARGET)
 
 
 class Bound(nn.Module):
@@ -99,7 +99,7 @@ class Graph:
     def __init__(self, f: Loss, sources: Sequence[Tensor]) -> None:
         self.leaves = leaves(sources)
         self.value = 2 * f(*self.leaves)
-        above = torch.linspace(0.5, 2, self.value.numel())  # another for each element
+        above = torch.linspace(0.8, 2, self.value.numel())  # another for each element
         self.above = above.to(self.value).view(self.value.shape)
 
     def pullback(self, above: Tensor, **options: Any) -> tuple[Tensor, ...]:
