@@ -295,15 +295,13 @@ def test_numbers_of_numpy(kind: Any) -> None:
 
 def test_attribute_of_a_module() -> None:
     """Warm-up of beta on one module, then other modules through the same compiled function."""
-    operands = boxes(64)
-    counter = CompileCounterWithBackend("inductor")
+    operands, counter = boxes(64), CompileCounterWithBackend("inductor")
     loss = compiled(lambda criterion: criterion(*operands), counter)
-    kept = SmoothL1Loss(beta=0.2)
-    for beta in (0.2, 0.5, 1.0, 3.0):
-        kept.beta = beta
-        assert_close(loss(kept), composed(*operands, beta=beta))
-    for beta in (0.3, 2.0, 4.0):
-        assert_close(loss(SmoothL1Loss(beta=beta)), composed(*operands, beta=beta))
+    kept = SmoothL1Loss()
+    modules = (*[kept] * 4, *(SmoothL1Loss() for _ in range(3)))
+    for module, beta in zip(modules, (0.2, 0.5, 1.0, 3.0, 0.3, 2.0, 4.0), strict=True):
+        module.beta = beta
+        assert_close(loss(module), composed(*operands, beta=beta))
     assert counter.frame_count <= 4
 
 
@@ -316,39 +314,21 @@ def test_numbers_beyond_the_largest(name: str, number: float) -> None:
         assert_close(loss(x, -x, **options), smooth_l1_loss(x, -x, **options))
 
 
-# Sizes and numbers that depend on data, of predictions, targets and a mask of their rows.
-
-
-def _first_rows(f: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
-    n = int(m.sum().item())
-    # (PyTorch 2.9 does not compile x[:n].)
-    return f(x.narrow(0, 0, n), t.narrow(0, 0, n))
-
-
-def _weights(f: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
-    rows = m.nonzero().squeeze(1)
-    return f(x[rows], t[rows], t[rows, :1], x[rows] > 0)
-
-
-def _counts(f: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
-    """The number of positives as an integer, and a sum of weights as a float."""
-    f = partial(f, reduction="sum")
-    return f(x, t, m[:, None], normalizer=m.sum().item()) + f(x, t, normalizer=t.abs().sum().item())
-
-
+# Calls of predictions, targets and a mask of rows, of which come indices, a count and a number.
 DATA_DEPENDENT: dict[str, Callable[..., Tensor]] = {
-    "rows": lambda f, x, t, m: f(x[m.nonzero().squeeze(1)], t[m.nonzero().squeeze(1)]),
+    "rows": lambda f, x, t, m, i, n, a: f(x[i], t[i]),
     # Two sizes that are the same, which only the data know.
-    "rows, twice": lambda f, x, t, m: f(x[m.nonzero().squeeze(1)], t[m]),
-    "first rows": _first_rows,
-    "weights": _weights,
-    "counts": _counts,
-    "outside number": lambda f, x, t, m: f(x, t, None, t.abs().sum().item()),
-    "beta": lambda f, x, t, m: f(x, t, beta=t.abs().mean().item()),
-    "sigma": lambda f, x, t, m: f(x, t, sigma=t.abs().mean().item()),
+    "rows, twice": lambda f, x, t, m, i, n, a: f(x[i], t[m]),
+    # (PyTorch 2.9 does not compile x[:n].)
+    "first rows": lambda f, x, t, m, i, n, a: f(x.narrow(0, 0, n), t.narrow(0, 0, n)),
+    "weights": lambda f, x, t, m, i, n, a: f(x[i], t[i], t[i, :1], x[i] > 0),
+    "outside number": lambda f, x, t, m, i, n, a: f(x, t, None, a),
+    # Of a sum alone.
+    "integer": lambda f, x, t, m, i, n, a: f(x, t, m[:, None], normalizer=n),
+    "float": lambda f, x, t, m, i, n, a: f(x, t, normalizer=a),
+    "beta": lambda f, x, t, m, i, n, a: f(x, t, beta=a),
+    "sigma": lambda f, x, t, m, i, n, a: f(x, t, sigma=a),
 }
-
-
 captures_data = torch._dynamo.config.patch(
     capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
 )
@@ -357,11 +337,12 @@ captures_data = torch._dynamo.config.patch(
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
 @captures_data
 def test_sizes_and_numbers_that_depend_on_data(name: str) -> None:
-    """With every reduction in one graph, except where a compilation takes long."""
+    """With every reduction in one graph, except where there is no other or it takes long."""
 
     def step(function: Loss, x: Tensor, t: Tensor, m: Tensor) -> Tensor:
-        each = ["sum"] if name in ("counts", "beta", "sigma") else REDUCTIONS
-        losses = (DATA_DEPENDENT[name](partial(function, reduction=r), x, t, m) for r in each)
+        given = x, t, m, m.nonzero().squeeze(1), m.sum().item(), t.abs().mean().item()
+        each = ["sum"] if name in ("integer", "float", "beta", "sigma") else REDUCTIONS
+        losses = (DATA_DEPENDENT[name](partial(function, reduction=r), *given) for r in each)
         return torch.stack([loss.sum() for loss in losses])
 
     loss = compiled(partial(step, smooth_l1_loss))
