@@ -32,7 +32,7 @@ from fused_smoothl1.problem import (
 smooth_l1_gradient: Any = torch.ops.aten.smooth_l1_loss_backward.grad_input
 NONE, MEAN, SUM = 0, 1, 2
 # The loss squares the difference, and its gradient multiplies it by the upstream gradient, before
-# they divide by beta. Outside of this range of betas, ordinary numbers would leave theirs.
+# they divide by beta. Beyond these betas, ordinary numbers would underflow or overflow on the way.
 LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
