@@ -111,7 +111,7 @@ def test_inductor_compiles_a_step() -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_graph(reduction: str, backend: str) -> None:
     """One kernel, or else operations, which a compiler can fuse; no gradient is asked for."""
-    operands, options = call(KINDS[1], reduction=reduction)
+    operands, options = call(KINDS[0], reduction=reduction)
     nodes: list[Any] = []
     with torch.no_grad():
         compiled(backend=recorder(nodes))(*operands, **options)
@@ -378,5 +378,5 @@ def test_an_empty_selection_is_0() -> None:
     for selected in (True, False):
         mask = torch.full((6,), selected, device=DEVICE)
         value, gradient = results(loss, [*operands, mask])
-        assert bool(value > 0) == selected
+        assert bool(value != 0) == selected
         assert gradient.isfinite().all()
