@@ -72,7 +72,9 @@ NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="waits for a CUDA GPU")
 needs_interpreter = pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER)
-needs_no_gpu = pytest.mark.skipif(HAS_GPU, reason="the interpreter stands in where there is no GPU")
+needs_no_gpu = pytest.mark.skipif(
+    HAS_GPU, reason="waits for a machine without a GPU: for the interpreter"
+)
 
 # On which backends tests run: as `pytestmark` all of a file, as a decorator one that differs.
 on_both = pytest.mark.backends("eager", "triton")
