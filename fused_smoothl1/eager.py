@@ -37,11 +37,11 @@ LEAST_BETA, MOST_BETA = 2.0**-20, 2.0**20
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 # Numbers of elements, as measured (bench/RESULTS.md).
-LARGE = 1 << 18  # From here on it pays to compute the gradient with the loss.
-PART = 1 << 22  # So many losses are held at once.
-ALONE = (1 << 15) - 1  # So many PyTorch leaves to one thread.
-MANY = 1 << 17  # From here on it pays to gather selected rows,
-FEW = 1 / 8  # if they are at most this share of all.
+NATIVE_BELOW = 1 << 18  # From here on it pays to compute the gradient with the loss.
+PART_NUMEL = 1 << 22  # So many losses are held at once.
+THREAD_NUMEL = (1 << 15) - 1  # So many PyTorch leaves to one thread.
+GATHER_FROM = 1 << 17  # From here on it pays to gather selected rows,
+GATHER_SHARE = 1 / 8  # if they are at most this share of all.
 
 Masks = list[Tensor]  # All of bool. An element takes part if each of them selects it.
 # A number, or a tensor that broadcasts to the input.
@@ -87,7 +87,7 @@ def native_loss(problem: Problem) -> Tensor | None:
         and input.dtype == target.dtype == problem.compute_dtype
         and input.is_contiguous()
         and beta
-        and 0 < numel < (LARGE if problem.reduce else math.inf)
+        and 0 < numel < (NATIVE_BELOW if problem.reduce else math.inf)
     ):
         return None
     reduction = (SUM if divisor == 1 else MEAN) if problem.reduce else NONE
@@ -106,25 +106,25 @@ def forward(
     terms = _terms(problem, needs)
     if not problem.reduce:
         return _cast(_losses(terms, terms.outside), problem.loss_dtype), NO_GRADIENTS
-    numel, scale = problem.input.numel(), _inverse_divisor(problem)
-    if numel <= PART:
+    numel, inverse_divisor = problem.input.numel(), _inverse_divisor(problem)
+    if numel <= PART_NUMEL:
         total = _losses(terms, terms.outside).sum()
     else:
         sums = [_losses(part, part.outside).sum() for part in _parts(problem, terms)]
         total = torch.stack(sums).sum()
     # An empty sum is 0 whatever divides it: the number of positives may be 0 too.
-    if scale is not None and numel:
-        total.mul_(scale)
-    return total, _gradients(problem, terms, scale, needs) if any(needs) else NO_GRADIENTS
+    if inverse_divisor is not None and numel:
+        total.mul_(inverse_divisor)
+    return total, _gradients(problem, terms, inverse_divisor, needs) if any(needs) else NO_GRADIENTS
 
 
 def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
     """Return the needed gradients for any upstream gradient."""
-    terms, scale = _terms(problem, needs), _cast(upstream, problem.compute_dtype)
-    if (of_sum := _inverse_divisor(problem)) is not None:
-        scale = scale * of_sum
-    grad_outside = _losses(terms, scale) if needs[3] else None
-    gradients = _gradients(problem, terms, scale, needs)
+    terms, multiplier = _terms(problem, needs), _cast(upstream, problem.compute_dtype)
+    if (inverse_divisor := _inverse_divisor(problem)) is not None:
+        multiplier = multiplier * inverse_divisor
+    grad_outside = _losses(terms, multiplier) if needs[3] else None
+    gradients = _gradients(problem, terms, multiplier, needs)
     return sum_to_operands(problem, (*gradients[:3], grad_outside, gradients[4]))
 
 
@@ -155,13 +155,13 @@ def _native_beta(beta: Factor) -> float | None:
 def _few_rows(problem: Problem) -> Tensor | None:
     """Return which rows a row mask selects, if on a CPU it selects few of many."""
     input = problem.input
-    if not (problem.has_masks and problem.reduce and input.is_cpu and input.numel() >= MANY):
+    if not (problem.has_masks and problem.reduce and input.is_cpu and input.numel() >= GATHER_FROM):
         return None
     mask = problem.inside if is_mask(problem.inside) else problem.outside
     shape = (len(input), *[1] * (input.dim() - 1))
     if mask is None or mask.shape != shape:
         return None
-    if not 0 < int(mask.count_nonzero()) <= FEW * len(input):
+    if not 0 < int(mask.count_nonzero()) <= GATHER_SHARE * len(input):
         return None
     return mask.flatten().nonzero().flatten()
 
@@ -175,7 +175,7 @@ def _forward_of_rows(problem: Problem, needs: Needs, rows: Tensor) -> tuple[Tens
     grad_input = torch.zeros_like(input) if needs[0] else None
     grad_target = torch.zeros_like(input, dtype=problem.target.dtype) if needs[1] else None
     losses: list[Tensor] = []
-    for batch in rows.split(max(ALONE * len(input) // input.numel(), 1)):
+    for batch in rows.split(max(THREAD_NUMEL * len(input) // input.numel(), 1)):
         operands: Any = (
             operand
             if operand is None or operand.numel() == 1
@@ -233,9 +233,9 @@ def _difference(problem: Problem) -> Tensor:
 
 
 def _parts(problem: Problem, terms: Terms) -> Iterator[Terms]:
-    """Split those terms that have rows into parts of about `PART` elements."""
+    """Split those terms that have rows into parts of about `PART_NUMEL` elements."""
     input = problem.input
-    step = max(PART * len(input) // input.numel(), 1)
+    step = max(PART_NUMEL * len(input) // input.numel(), 1)
 
     def part(term: Any, rows: slice) -> Any:
         if isinstance(term, list):
@@ -272,8 +272,10 @@ def _inverse_divisor(problem: Problem) -> Tensor | None:
     return None if number == 1 else _number_tensor(1.0 / number, problem)
 
 
-def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Needs) -> Gradients:
-    """Return the needed gradients but that of outside weights, times the scale (None is 1).
+def _gradients(
+    problem: Problem, terms: Terms, multiplier: Tensor | None, needs: Needs
+) -> Gradients:
+    """Return the needed gradients but that of outside weights, times the multiplier (None is 1).
 
     A weighted difference among the terms is overwritten.
     """
@@ -281,7 +283,7 @@ def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Need
     grad_input = grad_target = grad_inside = grad_beta = None
     if right is problem.target:
         gradient = torch.empty_like(left)
-        upstream = _number_tensor(1.0, problem) if scale is None else scale
+        upstream = _number_tensor(1.0, problem) if multiplier is None else multiplier
         smooth_l1_gradient(upstream, left, right, NONE, beta, grad_input=gradient)
     else:
         for factor in (inverse_beta, steepness):
@@ -293,7 +295,7 @@ def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Need
             is_linear_at_0 = (gradient == 0).logical_and_(beta == 0)
             grad_beta = torch.square(gradient, out=torch.empty_like(gradient))
             grad_beta.masked_fill_(is_linear_at_0, 1).mul_(-0.5)
-        for weights in (scale, outside):
+        for weights in (multiplier, outside):
             for product in (gradient, grad_beta):
                 if weights is not None and product is not None:
                     product.mul_(weights)
@@ -304,7 +306,7 @@ def _gradients(problem: Problem, terms: Terms, scale: Tensor | None, needs: Need
         _exclude(grad_inside, masks)
     if inside is not None:
         gradient.mul_(inside)
-    if masks and not all(map(_is_known_to_be_finite, (scale, outside, inside, inverse_beta))):
+    if masks and not all(map(_is_known_to_be_finite, (multiplier, outside, inside, inverse_beta))):
         _exclude(gradient, masks)
     if needs[0]:
         grad_input = _cast(gradient, problem.input.dtype)

@@ -32,19 +32,19 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 WEIGHT_DTYPES = FLOAT_DTYPES + INTEGER_DTYPES + MASK_DTYPES
 
 # What outside weights, sigma, beta and normalizer may be.
-Value = Tensor | float | None
+TensorOrNumber = Tensor | float
 
 
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
     inside_weights: Tensor | None = None,
-    outside_weights: Value = None,
+    outside_weights: TensorOrNumber | None = None,
     *,
-    sigma: Value = None,
-    beta: Value = None,
+    sigma: TensorOrNumber | None = None,
+    beta: TensorOrNumber | None = None,
     reduction: Reduction = "mean",
-    normalizer: Value = None,
+    normalizer: TensorOrNumber | None = None,
 ) -> Tensor:
     r"""Weighted Smooth L1 loss, the box regression of Faster R-CNN, in one pass over the operands.
 
@@ -199,7 +199,9 @@ def _load_sharding(device: torch.device) -> None:
         import_module("fused_smoothl1.sharding")
 
 
-def check_options(sigma: Value, beta: Value, reduction: Reduction) -> None:
+def check_options(
+    sigma: TensorOrNumber | None, beta: TensorOrNumber | None, reduction: Reduction
+) -> None:
     """Raise what `smooth_l1_loss` would raise for these options, whatever the input is."""
     _checked_transition(sigma, beta)
     _check_reduction(reduction)
@@ -338,7 +340,7 @@ def _equal(size: int, other: int) -> bool:
 
 
 def _checked_transition(
-    sigma: Value, beta: Value, input: Tensor | None = None
+    sigma: TensorOrNumber | None, beta: TensorOrNumber | None, input: Tensor | None = None
 ) -> tuple[Tensor | None, float | None, float]:
     """Return the tensor or None, the number sigma or None, and the number beta."""
     if sigma is not None and beta is not None:

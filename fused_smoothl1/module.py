@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
-from fused_smoothl1.functional import Reduction, Value, check_options, smooth_l1_loss
+from fused_smoothl1.functional import Reduction, TensorOrNumber, check_options, smooth_l1_loss
 
 if TYPE_CHECKING:
     F = TypeVar("F")
@@ -29,12 +29,16 @@ class SmoothL1Loss(nn.Module):
         ValueError: if an option has a value that is not allowed, or both are given.
     """
 
-    sigma: Value
-    beta: Value
+    sigma: TensorOrNumber | None
+    beta: TensorOrNumber | None
     reduction: Reduction
 
     def __init__(
-        self, *, sigma: Value = None, beta: Value = None, reduction: Reduction = "mean"
+        self,
+        *,
+        sigma: TensorOrNumber | None = None,
+        beta: TensorOrNumber | None = None,
+        reduction: Reduction = "mean",
     ) -> None:
         """Check and keep the options."""
         super().__init__()
@@ -54,8 +58,8 @@ class SmoothL1Loss(nn.Module):
         input: Tensor,
         target: Tensor,
         inside_weights: Tensor | None = None,
-        outside_weights: Value = None,
-        normalizer: Value = None,
+        outside_weights: TensorOrNumber | None = None,
+        normalizer: TensorOrNumber | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :func:`fused_smoothl1.smooth_l1_loss`."""
         return smooth_l1_loss(

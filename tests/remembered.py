@@ -22,7 +22,7 @@ from torch import Tensor
 from bench import stand_in
 from bench.codegen.calls import Call, Operand, calls
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import trained
+from tests.support import requiring_grad
 
 Step = Callable[[], object]
 FLOATS = "float32", "bfloat16", "float16", "float64"
@@ -78,7 +78,7 @@ def step(call: Call, number: int = -1, skip: int = 0, far: bool = False) -> Step
 
     def run() -> None:
         loss = smooth_l1_loss(*operands, **options)
-        if wanted := trained(operands, options):
+        if wanted := requiring_grad(operands, options):
             torch.autograd.grad(loss, wanted, call.upstream(torch.empty_like(loss)))
 
     return run

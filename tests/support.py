@@ -1,7 +1,7 @@
 """What the tests have in common: operands, the catalogue's calls, backends, and the comparison.
 
 Tolerances are derived, not guessed. The package computes in the accumulator's dtype (float32, or
-float64 where an operand is float64), so a value that is not a sum passes through at most ELEMENT
+float64 where an operand is float64), so a value that is not a sum passes through at most ROUNDINGS
 roundings of that dtype, each of half an epsilon, and the loss at most doubles the relative error
 of x. A sum of n terms made as a tree, of any shape, adds about log2(n) roundings of the sum of
 the terms' absolute values. Storing in 16 bits adds one rounding, or two where a saved gradient is
@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[1]
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
-ELEMENT = 16
-NAMES = ("input", "target", "inside_weights", "outside_weights", "sigma", "beta")
+ROUNDINGS = 16
+OPERANDS = ("input", "target", "inside_weights", "outside_weights", "sigma", "beta")
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASKS = (torch.bool, torch.uint8)
@@ -62,12 +62,12 @@ def _triton() -> tuple[int, ...]:
     return tuple(map(int, numbers))
 
 
-TRITON = _triton()
-HAS_TRITON = bool(TRITON)
+TRITON_VERSION = _triton()
+HAS_TRITON = bool(TRITON_VERSION)
 # That of Triton 3.6 and older does not work with NumPy 2.4 and newer. (On a GPU, what runs on the
 # CPU all the same still needs the interpreter.)
 OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.4.0"
-HAS_INTERPRETER = HAS_TRITON and (TRITON >= (3, 7) or OLD_NUMPY)
+HAS_INTERPRETER = HAS_TRITON and (TRITON_VERSION >= (3, 7) or OLD_NUMPY)
 NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="waits for a CUDA GPU")
@@ -149,12 +149,13 @@ def boxes(
     or those of which it says so.
     """
     size = (shape, 4) if isinstance(shape, int) else shape
-    needs = [i < grad for i in range(4)] if isinstance(grad, int) else grad
-    operands = [size, size, *weights]
-    return [
-        values(*own, dtype=dtype, scale=scale, grad=need) if isinstance(own, tuple) else own
-        for own, need in zip(operands, needs, strict=False)
-    ]
+
+    def made(i: int, operand: Any) -> Any:
+        needed = i < grad if isinstance(grad, int) else grad[i]
+        drawn = isinstance(operand, tuple)
+        return values(*operand, dtype=dtype, scale=scale, grad=needed) if drawn else operand
+
+    return [made(i, operand) for i, operand in enumerate((size, size, *weights))]
 
 
 def call(name: str, rows: int = 6, **options: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -201,7 +202,7 @@ KINDS = [
 ]
 
 
-def trained(operands: Sequence[Any], options: dict[str, Any]) -> list[Tensor]:
+def requiring_grad(operands: Sequence[Any], options: dict[str, Any]) -> list[Tensor]:
     """Return the tensors that require a gradient."""
     return [t for t in (*operands, *options.values()) if isinstance(t, Tensor) and t.requires_grad]
 
@@ -215,7 +216,7 @@ def results(
     """
     loss = function(*operands, **options)
     above = upstream if isinstance(upstream, Tensor) else torch.full_like(loss, upstream)
-    wanted = trained(operands, options)
+    wanted = requiring_grad(operands, options)
     return [loss.detach(), *(torch.autograd.grad(loss, wanted, above) if wanted else ())]
 
 
@@ -236,7 +237,7 @@ def loss_dtype(reduction: str, *operands: Any) -> torch.dtype:
     return dtype
 
 
-def float64(value: Tensor) -> npt.NDArray[np.float64]:
+def as_float64(value: Tensor) -> npt.NDArray[np.float64]:
     return value.detach().cpu().to(torch.float64).numpy()
 
 
@@ -257,13 +258,13 @@ def assert_near(
     assert tuple(actual.shape) == expected.shape, f"{what}: shape {tuple(actual.shape)}"
     stored = torch.finfo(actual.dtype)
     inside = torch.finfo(computed_in)
-    got = float64(actual)
+    got = as_float64(actual)
     with np.errstate(all="ignore"):
-        rounded = float64(torch.from_numpy(np.array(expected)).to(actual.dtype))
+        rounded = as_float64(torch.from_numpy(np.array(expected)).to(actual.dtype))
         special = ~np.isfinite(rounded)
         np.testing.assert_array_equal(got[special], rounded[special], err_msg=what)
         size = np.abs(expected) if magnitude is None else np.maximum(magnitude, np.abs(expected))
-        bound = (ELEMENT + 2 * math.log2(max(terms, 1))) * 0.5 * inside.eps * size
+        bound = (ROUNDINGS + 2 * math.log2(max(terms, 1))) * 0.5 * inside.eps * size
         if stored.eps > inside.eps:
             bound += storage_roundings * stored.eps * np.abs(expected)
         bound += stored.smallest_normal * stored.eps + inside.smallest_normal
@@ -287,7 +288,7 @@ def assert_same(what: str, one: Tensor, other: Tensor) -> None:
     assert_close(
         one,
         other,
-        rtol=ELEMENT * inside.eps + (2.02 * stored.eps if stored.eps > inside.eps else 0),
+        rtol=ROUNDINGS * inside.eps + (2.02 * stored.eps if stored.eps > inside.eps else 0),
         atol=2 * (stored.smallest_normal * stored.eps + inside.smallest_normal),
         equal_nan=True,
         msg=lambda text: f"{what}: {text}",
@@ -326,7 +327,7 @@ def check(
     operand was written to. Returns the loss and the gradients by name.
     """
     given = (input, target, inside_weights, outside_weights, sigma, beta)
-    operands = dict(zip(NAMES, given, strict=True))
+    operands = dict(zip(OPERANDS, given, strict=True))
     tensors = {name: t for name, t in operands.items() if isinstance(t, Tensor)}
     before = [(t.detach().clone(), t._version) for t in tensors.values()]
     reduction = options.get("reduction", "mean")
@@ -361,7 +362,7 @@ def check(
         magnitude, terms = None, 1
         if name == "input":
             assert gradient.stride() == torch.empty_like(input).stride(), gradient.stride()
-        if name not in NAMES[:2]:
+        if name not in OPERANDS[:2]:
             magnitude, terms = _magnitude(name, operands, **settings)
         assert_near(
             f"gradient of {name}",

@@ -16,23 +16,23 @@ from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
+from tests import support
 from tests.support import (
     CALLS,
     DEVICE,
     KINDS,
-    NAMES,
+    OPERANDS,
     REDUCTIONS,
     boxes,
     call,
     check,
     coin,
     gradient_unless_modified,
-    on_both,
+    requiring_grad,
     results,
-    trained,
 )
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 NARROW = [name for name in CALLS if "16 " in name]
 # Of inside and outside weights of input (4, 3, 5).
@@ -83,7 +83,7 @@ def test_upstream_gradient_of_any_value(upstream: float, reduction: str) -> None
 def test_backward_again_and_again(name: str, reduction: str, first: float) -> None:
     """Nothing handed out is needed or handed out again: the caller may write to it."""
     operands, options = call(name, reduction=reduction)
-    wanted = trained(operands, options)
+    wanted = requiring_grad(operands, options)
     base = dict(zip(wanted, results(smooth_l1_loss, operands, **options)[1:], strict=True))
     assert all(gradient.count_nonzero() > 0 for gradient in base.values())
     loss = smooth_l1_loss(*operands, **options)
@@ -121,7 +121,7 @@ def test_loss_modified_in_place(reduction: Reduction) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*NAMES[:4], "mask", "normalizer"])
+@pytest.mark.parametrize("name", [*OPERANDS[:4], "mask", "normalizer"])
 def test_operand_modified_before_backward(name: str, dtype: torch.dtype) -> None:
     """It raises, or the result is that of the old values; a wrong number is never given."""
     for reduction, used in itertools.product(("none", "sum"), (False, True)):
@@ -133,7 +133,7 @@ def test_operand_modified_before_backward(name: str, dtype: torch.dtype) -> None
         loss = smooth_l1_loss(*operands, **options)
         if used:
             torch.autograd.grad(loss, operands[0], torch.ones_like(loss), retain_graph=True)
-        tensors = dict(zip(NAMES, operands, strict=False), mask=operands[3], normalizer=count)
+        tensors = dict(zip(OPERANDS, operands, strict=False), mask=operands[3], normalizer=count)
         with torch.no_grad():
             tensors[name].copy_(tensors[name] == 0)
         gradient = gradient_unless_modified(loss, operands[0])

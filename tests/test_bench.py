@@ -22,7 +22,7 @@ from bench.rivals import FUSED, RIVALS
 from bench.run import Clock, Run
 from bench.workloads import Spec, Workload, build
 from tests import support
-from tests.support import DEVICE, needs_gpu, needs_interpreter, needs_no_gpu, needs_triton
+from tests.support import DEVICE
 from tests.test_rivals import NUMEL, numel_of
 
 HERE = torch.device(DEVICE)
@@ -191,7 +191,7 @@ def test_device_by_name(
     assert [parser.parse_args(["--device", "cuda:1"]).device] == chosen == [torch.device("cuda:1")]
 
 
-@needs_triton
+@support.needs_triton
 def test_host_times() -> None:
     """On any machine, in a process of its own, in which a driver stands in for a GPU."""
     script = (
@@ -217,8 +217,8 @@ def test_host_times() -> None:
     assert times == kinds
 
 
-@needs_no_gpu
-@needs_interpreter
+@support.needs_no_gpu
+@support.needs_interpreter
 def test_sweep(bench_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each constant decides what is launched, of its own rival alone, and each answer is right."""
     from triton.runtime.interpreter import GridExecutor
@@ -255,7 +255,7 @@ def test_sweep(bench_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         main(["sweep"])
 
 
-@needs_gpu
+@support.needs_gpu
 def test_on_a_gpu(bench_run: Run, unpoisoned: None) -> None:
     """With graphs, memory, launches, and compiled rivals; a sweep, with workspaces of its own."""
     listed = [

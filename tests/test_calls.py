@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from bench.codegen.calls import calls
-from tests import conftest
-from tests.support import CALLS, call, check, on_kernel, values
+from tests import conftest, support
+from tests.support import CALLS, call, check, values
 
 # Memory that was never written must look so to the tool.
-pytestmark = [on_kernel, pytest.mark.sanitize, pytest.mark.usefixtures("unpoisoned")]
+pytestmark = [support.on_kernel, pytest.mark.sanitize, pytest.mark.usefixtures("unpoisoned")]
 
 
 @pytest.mark.parametrize("rows", [1, 33, 1031])

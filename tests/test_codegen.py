@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bench.stand_in import TARGETS
-from tests.support import FLOATS, TRITON, needs_triton, run_python
+from tests import support
+from tests.support import FLOATS, TRITON_VERSION, run_python
 
 Kernels = dict[str, dict[str, Any]]  # on one target, by dtype, call and role
 
@@ -25,7 +26,7 @@ LAUNCHED_AT_ONCE = {"sm": 64, "gf": 96}
 DATASHEETS = {"sm_80", "sm_89", "sm_90", "gfx942"}
 TICKET = ["store", "barrier", "release", "ticket", "acquire", "past L1"]
 
-pytestmark = [needs_triton, pytest.mark.parametrize("target", TARGETS)]
+pytestmark = [support.needs_triton, pytest.mark.parametrize("target", TARGETS)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_every_kind_of_launch(kernels: Kernels) -> None:
 def test_registers_and_accesses(kernels: Kernels, target: str) -> None:
     """Nothing spills, and dense operands are accessed as wide in the hot loop as can be."""
     most = {**dict.fromkeys(kernels, MOST_REGISTERS[target[:2]]), DIVIDES: MOST_WITH_DIVISION}
-    if TRITON < (3, 6) and target.startswith("gfx"):
+    if TRITON_VERSION < (3, 6) and target.startswith("gfx"):
         # There a block of this one, which is set apart, looks like a loop.
         kernels.pop("float32 planes, channels_last target, pixel mask: forward")
     for name, kernel in kernels.items():

@@ -15,7 +15,8 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 
 from bench.traffic import Traffic
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import DEVICE, REDUCTIONS, ROOT, boxes, on_kernel, results, values
+from tests import support
+from tests.support import DEVICE, REDUCTIONS, ROOT, boxes, results, values
 
 LOSSES: list[Any] = [smooth_l1_loss, F.smooth_l1_loss, F.huber_loss]
 _, _, SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Compared\n")
@@ -106,7 +107,7 @@ def test_row(row: str) -> None:
     assert [cell(row, loss) for loss in LOSSES] == TABLE[row]
 
 
-@on_kernel
+@support.on_kernel
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_launches(reduction: str, launches: list[str]) -> None:
     assert TABLE[LAUNCHES] == ["at most 2", "several", "several"]

@@ -73,7 +73,7 @@ def bound(kind: str, reduction: str) -> tuple[Bound, Bound, tuple[Tensor, ...]]:
         operands[1] = operands[1].double().requires_grad_()
     else:
         operands, options = call(kind, reduction=reduction)
-    sources = tuple(t.detach() for t in support.trained(operands, options))
+    sources = tuple(t.detach() for t in support.requiring_grad(operands, options))
     return Bound(function, operands, options), Bound(in_float32, operands, options), sources
 
 

@@ -18,8 +18,8 @@ from bench.demos import curves, detector, drafter, language_model, train
 from bench.demos.curves import REACH
 from bench.demos.language_model import HIDDEN, LENGTH, encode
 from bench.rivals import FUSED
-from tests import oracle
-from tests.support import DEVICE, assert_near, boxes, coin, on_both, results, values
+from tests import oracle, support
+from tests.support import DEVICE, assert_near, boxes, coin, results, values
 
 FORMULAS = ["eager_composition", FUSED]
 PROMPT, ANSWER = 'def mean(data): """', 'Return the mean."""'
@@ -27,7 +27,7 @@ PAIRS = [(PROMPT, ANSWER), (PROMPT, LENGTH * "a"), (LENGTH * "a", ANSWER)]
 SUM: Any = {"beta": 1 / 9, "reduction": "sum"}
 
 
-@on_both
+@support.on_both
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formulas(name: str) -> None:
     """They are the best composition and this library's, of what py-faster-rcnn and EAGLE write."""

@@ -13,21 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import (
-    DEVICE,
-    FLOATS,
-    REDUCTIONS,
-    assert_equal,
-    boxes,
-    coin,
-    needs_gpu,
-    needs_no_gpu,
-    on_both,
-    on_kernel,
-    results,
-)
+from tests import support
+from tests.support import DEVICE, FLOATS, REDUCTIONS, assert_equal, boxes, coin, results
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 # Elements: more tiles of any type than the interpreter has programs, and a tail.
 SEVERAL = 5_011
@@ -66,8 +55,8 @@ def test_other_calls_in_between() -> None:
         assert_equal(_run(operands), first)
 
 
-@on_kernel
-@needs_no_gpu
+@support.on_kernel
+@support.needs_no_gpu
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("seed", range(3))
 def test_order_of_the_programs(seed: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +80,8 @@ def test_order_of_the_programs(seed: int, reduction: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.smoke
-@needs_gpu
-@on_kernel
+@support.needs_gpu
+@support.on_kernel
 def test_a_thousand_launches() -> None:
     operands = _operands(MANY)
     first = _run(operands, "sum")
@@ -104,8 +93,8 @@ def test_a_thousand_launches() -> None:
 
 
 @pytest.mark.smoke
-@needs_gpu
-@on_kernel
+@support.needs_gpu
+@support.on_kernel
 def test_several_streams_at_once() -> None:
     operands = _operands(MANY)
     first = _run(operands, "sum")
@@ -120,8 +109,8 @@ def test_several_streams_at_once() -> None:
 
 
 @pytest.mark.smoke
-@needs_gpu
-@on_kernel
+@support.needs_gpu
+@support.on_kernel
 def test_replayed_graph() -> None:
     """A captured launch keeps a ticket of its own: replays and eager calls do not meet in one."""
     operands = _operands(MANY)
@@ -143,7 +132,7 @@ def test_replayed_graph() -> None:
 
 
 @pytest.mark.smoke
-@on_kernel
+@support.on_kernel
 def test_interrupted_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that raises half-way leaves no ticket behind that the next one would trip over."""
     from fused_smoothl1.launcher import Code

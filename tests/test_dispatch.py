@@ -17,6 +17,7 @@ import torch
 
 import fused_smoothl1
 from fused_smoothl1 import SmoothL1Loss, dispatch, eager, smooth_l1_loss
+from tests import support
 from tests.support import (
     HAS_GPU,
     HAS_TRITON,
@@ -24,8 +25,6 @@ from tests.support import (
     assert_equal,
     backend_set,
     boxes,
-    needs_triton,
-    on_kernel,
     results,
     run_python,
 )
@@ -64,7 +63,7 @@ def _backend(device: str) -> Any:
         return dispatch.backend_on(torch.device(device))
 
 
-@needs_triton
+@support.needs_triton
 @pytest.mark.parametrize("choice", ["auto", "triton", None])
 @pytest.mark.parametrize(
     ("device", "facts"),
@@ -126,7 +125,7 @@ def test_gpu_without_kernel(
                 dispatch.backend_on(where)
 
 
-@needs_triton
+@support.needs_triton
 def test_each_gpu_for_itself(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine may hold an old GPU beside a new one."""
     capabilities = (6, 1), (8, 6)
@@ -172,7 +171,7 @@ def test_unknown_backend(value: str) -> None:
                 assert word in str(caught.value)
 
 
-@on_kernel
+@support.on_kernel
 def test_environment_is_read_at_the_first_call(
     launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +182,7 @@ def test_environment_is_read_at_the_first_call(
         assert len(launches) == number
 
 
-@on_kernel
+@support.on_kernel
 def test_auto_follows_the_device(launches: list[str]) -> None:
     with backend_set("auto"):
         smooth_l1_loss(*boxes(6))
@@ -192,7 +191,7 @@ def test_auto_follows_the_device(launches: list[str]) -> None:
         assert len(launches) == HAS_GPU
 
 
-@on_kernel
+@support.on_kernel
 def test_backward_takes_the_backend_of_its_forward(launches: list[str]) -> None:
     loss = smooth_l1_loss(*boxes(6), reduction="none")
     with backend_set("eager"):

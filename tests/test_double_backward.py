@@ -15,20 +15,11 @@ from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
+from tests import support
 from tests.composed import composed
-from tests.support import (
-    DEVICE,
-    REDUCTIONS,
-    Loss,
-    boxes,
-    call,
-    coin,
-    on_both,
-    trained,
-    values,
-)
+from tests.support import DEVICE, REDUCTIONS, Loss, boxes, call, coin, requiring_grad, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 BETA = 0.8
 ROWS, COLUMNS = torch.tensor([[True], [False]]), torch.tensor([1, 0, 7], dtype=torch.uint8)
@@ -73,7 +64,7 @@ def test_gradgradcheck(name: str, reduction: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_three_orders_are_the_compositions(dtype: str, reduction: str) -> None:
     operands, options = call(f"{dtype} dense, a beta each, all gradients", reduction=reduction)
-    wanted = trained(operands, options)
+    wanted = requiring_grad(operands, options)
 
     def orders(function: Loss) -> Iterator[Tensor]:
         total = function(*operands, **options).sum()

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import DEVICE, HAS_GPU, check, on_both, results, values
+from tests import support
+from tests.support import DEVICE, HAS_GPU, check, results, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from fused_smoothl1 import eager, smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests import support
-from tests.support import CALLS, FLOATS, REDUCTIONS, boxes, call, check, coin, on_eager, values
+from tests.support import CALLS, FLOATS, REDUCTIONS, boxes, call, check, coin, values
 
-pytestmark = on_eager
+pytestmark = support.on_eager
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(problem, needs)
 
     monkeypatch.setattr(eager, "forward", spied)
-    monkeypatch.setattr(eager, "MANY", 1)
+    monkeypatch.setattr(eager, "GATHER_FROM", 1)
     return rows
 
 
@@ -55,7 +55,7 @@ def test_pytorchs_own_loss(
     """It is taken below a size, but for a divisor of its own; without a reduction at any size."""
     operands = boxes((40, 5), grad=2, dtype=dtype)
     for large in (200, 201):
-        monkeypatch.setattr(eager, "LARGE", large)
+        monkeypatch.setattr(eager, "NATIVE_BELOW", large)
         expected = reduction == "none" or (large == 201 and reduction != "batchmean")
         assert _is_own(*operands, reduction=reduction) == expected
         check(*operands, reduction=reduction, sigma=1.5, upstream=2.0)
@@ -144,7 +144,7 @@ def test_few_rows(
         # (Of two masks, the inside one is asked.)
         is_asked = weights[0] is row_mask or not isinstance(other, Tensor)
         for reduction, (alone, *batches) in BATCHES.items():
-            monkeypatch.setattr(eager, "ALONE", alone)
+            monkeypatch.setattr(eager, "THREAD_NUMEL", alone)
             forwards.clear()
             check(*operands, reduction=reduction, upstream=-1.5)
             assert forwards == ([80, *batches] if is_asked else [80])
@@ -159,7 +159,7 @@ def test_what_few_rows_are(
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[:selected] = True
     for many in (480, 481):
-        monkeypatch.setattr(eager, "MANY", many)
+        monkeypatch.setattr(eager, "GATHER_FROM", many)
         forwards.clear()
         smooth_l1_loss(*boxes((80, 6), mask), reduction="sum")
         is_few = shape == (80, 1) and 0 < selected <= 10 and many == 480
@@ -184,7 +184,7 @@ def test_few_rows_of_anything(forwards: list[int]) -> None:
 def test_losses_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whole rows, the last of them shorter, with the rows of the weights that have any."""
     for part in (1, 60, 91, 92):
-        monkeypatch.setattr(eager, "PART", part)
+        monkeypatch.setattr(eager, "PART_NUMEL", part)
         operands, options = call(name, rows=23)
         check(*operands, **options, upstream=1.25)
 
@@ -192,9 +192,9 @@ def test_losses_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(23, 3, 2), (600,), (1, 600), (600, 0), (23, 23)], ids=str)
 def test_parts_of_odd_shapes(shape: support.Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row is one part; weights for each column are not split, be there as many rows."""
-    monkeypatch.setattr(eager, "LARGE", 1)
+    monkeypatch.setattr(eager, "NATIVE_BELOW", 1)
     for part in (60, 250):
-        monkeypatch.setattr(eager, "PART", part)
+        monkeypatch.setattr(eager, "PART_NUMEL", part)
         for weights in (None, 2.0, values(shape[-1])):
             check(*boxes(shape, None, weights, grad=2), reduction="sum")
 

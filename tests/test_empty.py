@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, boxes, check, on_both, results
+from tests import support
+from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, boxes, check, results
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 EMPTY = [(0,), (0, 4), (4, 0), (0, 0), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 3, 5, 0, 7)]
 

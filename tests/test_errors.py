@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
-from tests.support import DEVICE, Shape, boxes, coin, needs_gpu, on_both, on_kernel, values
+from tests import support
+from tests.support import DEVICE, Shape, boxes, coin, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 INPUTS, WEIGHTS, TRANSITIONS = "input target", "inside_weights outside_weights", "sigma beta"
 NUMBERS = f"{WEIGHTS} {TRANSITIONS} normalizer"
@@ -185,7 +186,7 @@ def test_bad_options(error: Any, name: str, value: Any, said: str, others: Any) 
     assert_raises(error, name, said, SmoothL1Loss, **others, **{name: value})
 
 
-@on_kernel
+@support.on_kernel
 def test_nothing_is_launched_for_bad_input(launches: list[str]) -> None:
     for case in BAD_OPTIONS + BAD_CALLS:
         with pytest.raises(case.values[0]):
@@ -198,7 +199,7 @@ def test_options_have_no_position() -> None:
         smooth_l1_loss(*[*boxes(6), None, None, 3.0])
 
 
-@pytest.mark.parametrize("place", ["meta", pytest.param("cpu", marks=needs_gpu)])
+@pytest.mark.parametrize("place", ["meta", pytest.param("cpu", marks=support.needs_gpu)])
 @pytest.mark.parametrize("name", f"target {NUMBERS}".split())
 def test_devices_that_differ(name: str, place: str) -> None:
     """Both are named; "meta" stands for a second GPU."""

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 from tests import support
 from tests.composed import composed
-from tests.support import DEVICE, NAMES, REDUCTIONS, Loss, Shape, boxes, coin, results
+from tests.support import DEVICE, OPERANDS, REDUCTIONS, Loss, Shape, boxes, coin, results
 
 pytestmark = support.on_both
 
@@ -149,7 +149,7 @@ def test_functions_that_override_it() -> None:
             return function, len(args), kwargs
 
     x, target = boxes(3, grad=0)
-    for name in (*NAMES, "normalizer"):
+    for name in (*OPERANDS, "normalizer"):
         operands: Any = {"input": x, "target": target, name: x.as_subclass(Answers)}
         function, positional, options = smooth_l1_loss(**operands, reduction="sum")
         assert (function, positional) == (smooth_l1_loss, 4)

@@ -19,8 +19,9 @@ from torch.testing import assert_close
 
 from bench import stand_in
 from fused_smoothl1 import smooth_l1_loss
+from tests import support
 from tests.composed import composed
-from tests.support import DEVICE, boxes, needs_gpu, needs_triton, results, run_python
+from tests.support import DEVICE, boxes, results, run_python
 from tests.test_streams_and_graphs import in_threads
 
 SECONDS = 100  # more than a start of PyTorch and some compilations take on a busy machine
@@ -123,8 +124,8 @@ ON_A_GPU = [in_several_threads, in_autograds_thread, in_a_capture, in_a_capture_
 @pytest.mark.parametrize(
     "function",
     [
-        *(pytest.param(function, marks=needs_gpu) for function in ON_A_GPU),
-        pytest.param(refused_once, marks=needs_triton),
+        *(pytest.param(function, marks=support.needs_gpu) for function in ON_A_GPU),
+        pytest.param(refused_once, marks=support.needs_triton),
     ],
     ids=lambda function: function.__name__,
 )

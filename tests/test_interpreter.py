@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import needs_interpreter, needs_no_gpu
+from tests import support
 
-pytestmark = [needs_no_gpu, needs_interpreter]
+pytestmark = [support.needs_no_gpu, support.needs_interpreter]
 
 
 def _copy(first: int = 0, step: int = 1, *, run: int = 1, multiple: int = 1, room: int = 8) -> Any:

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.problem import NO_NEEDS, NoKernelError, Problem, make_problem
+from tests import support
 from tests.fake_gpu import MULTIPROCESSORS, FakeGpu, Launch, fake_gpu
-from tests.support import FLOATS, HAS_TRITON, boxes, needs_no_gpu, needs_triton, on_kernel, values
+from tests.support import FLOATS, HAS_TRITON, boxes, values
 
 if HAS_TRITON:
     from fused_smoothl1 import launch, launcher
     from tests.interpreter import events
 
-pytestmark = needs_triton
+pytestmark = support.needs_triton
 
 DOUBLE, FLOAT, HALF = torch.float64, torch.float32, torch.bfloat16
 INPUT = (True, False, False, False, False)
@@ -232,8 +233,8 @@ def test_product_by_pytorch_or_by_a_kernel(
         assert asked.arguments["gradients"] == (*gradients, None)[:2]
 
 
-@needs_no_gpu
-@on_kernel
+@support.needs_no_gpu
+@support.on_kernel
 @pytest.mark.parametrize("masked", [False, True])
 def test_upstream_gradient_of_1(masked: bool) -> None:
     """What the forward pass computed is left as it is: nothing but this number is read for it."""
@@ -246,8 +247,8 @@ def test_upstream_gradient_of_1(masked: bool) -> None:
         assert is_all == (upstream == 1.0)
 
 
-@needs_no_gpu
-@on_kernel
+@support.needs_no_gpu
+@support.on_kernel
 @pytest.mark.parametrize("place", [2, 3], ids=["inside", "outside"])
 def test_what_masks_exclude_is_not_loaded(place: int) -> None:
     operands = [*boxes(9), None, None]
@@ -256,8 +257,8 @@ def test_what_masks_exclude_is_not_loaded(place: int) -> None:
     assert {name for kind, name in events if kind == "load"} == {f"operands[{place}]"}
 
 
-@needs_no_gpu
-@on_kernel
+@support.needs_no_gpu
+@support.on_kernel
 def test_order_around_the_ticket() -> None:
     """Each partial sum is stored, then there is a barrier, then the ticket is drawn.
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import CALLS, REDUCTIONS, boxes, call, on_kernel, trained
+from tests import support
+from tests.support import CALLS, REDUCTIONS, boxes, call, requiring_grad
 
-pytestmark = on_kernel
+pytestmark = support.on_kernel
 
 
 def _counts(
@@ -25,7 +26,7 @@ def _counts(
     above, forward, backward = torch.full_like(loss, upstream), len(launches), 0
     for _ in range(2 if loss.requires_grad else 0):
         launches.clear()
-        torch.autograd.grad(loss, trained(operands, options), above, retain_graph=True)
+        torch.autograd.grad(loss, requiring_grad(operands, options), above, retain_graph=True)
         backward = max(backward, len(launches))
     return forward, backward
 

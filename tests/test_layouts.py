@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import DEVICE, HAS_GPU, NAMES, boxes, check, on_both, on_kernel, results, values
+from tests import support
+from tests.support import DEVICE, HAS_GPU, OPERANDS, boxes, check, results, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 SHAPE = (4, 3, 6, 8)  # No permutation of it looks like another.
 # What lies in memory, and what is seen of it.
@@ -34,11 +35,11 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("alone", [*NAMES[:4], None])
+@pytest.mark.parametrize("alone", [*OPERANDS[:4], None])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, alone: str | None) -> None:
     """Of one operand or of all; the results follow the input, whoever's gradient it is."""
-    chosen = [LAYOUTS[layout if alone in (name, None) else "contiguous"] for name in NAMES[:4]]
+    chosen = [LAYOUTS[layout if alone in (name, None) else "contiguous"] for name in OPERANDS[:4]]
     tensors = [view(values(*sizes)) for sizes, view in chosen]
     for trained in ([0, 1, 2, 3], [0, 1], [0], [1], [2], [3]):
         operands = [t.detach().requires_grad_(i in trained) for i, t in enumerate(tensors)]
@@ -60,7 +61,7 @@ def test_seven_dimensions() -> None:
 FAR = [((3, 4), (2**30, 1)), ((2, 4), (2**31, 1)), ((2, 2, 4), (2**30, 2**30 + 8, 1))]
 
 
-@pytest.mark.parametrize("operand", range(4), ids=NAMES[:4])
+@pytest.mark.parametrize("operand", range(4), ids=OPERANDS[:4])
 @pytest.mark.parametrize(("shape", "strides"), FAR, ids=str)
 @pytest.mark.usefixtures("unpoisoned")
 def test_offsets_beyond_32_bits(shape: Any, strides: Any, operand: int, tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_offsets_beyond_32_bits(shape: Any, strides: Any, operand: int, tmp_path
         check(*trained, beta=0.5, reduction=reduction, upstream=1.5)
 
 
-@on_kernel
+@support.on_kernel
 @pytest.mark.skipif(
     not HAS_GPU or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30,
     reason="waits for a GPU with 40 GiB: 2**31 elements and their gradient",
@@ -94,7 +95,7 @@ def test_more_than_2_31_elements(reduction: str, masked: bool, unpoisoned: None)
     assert gradient.count_nonzero() == 2
 
 
-@pytest.mark.parametrize("position", range(5), ids=[*NAMES[:4], "normalizer"])
+@pytest.mark.parametrize("position", range(5), ids=[*OPERANDS[:4], "normalizer"])
 def test_negated_view(position: int) -> None:
     """As is the imaginary part of a conjugate: memory holds the negatives of its values."""
     operands = [*boxes(5, (5, 1), (4,)), torch.tensor(3.0, device=DEVICE)]

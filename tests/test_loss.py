@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
-from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, boxes, call, check, coin, on_both
+from tests import support
+from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, boxes, call, check, coin
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 SHAPES = [(), (10, 5, 1, 1), *((size,) for size in (1, 3, 127, 1023, 1025, 4099, 8193))]
 

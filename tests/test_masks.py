@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import CALLS, DEVICE, FLOATS, MASKS, boxes, call, check, on_both, values
+from tests import support
+from tests.support import CALLS, DEVICE, FLOATS, MASKS, boxes, call, check, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 N, C = 12, 4
 # What input and target hold in the odd rows.

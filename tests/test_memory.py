@@ -18,19 +18,10 @@ from torch import Tensor
 
 from bench.codegen.calls import calls
 from fused_smoothl1 import eager, smooth_l1_loss
-from tests.support import (
-    CALLS,
-    DEVICE,
-    HAS_GPU,
-    call,
-    needs_no_gpu,
-    on_both,
-    on_eager,
-    on_kernel,
-    trained,
-)
+from tests import support
+from tests.support import CALLS, DEVICE, HAS_GPU, call, requiring_grad
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 WORKSPACE = 64 * 1024 if HAS_GPU else 6 * 1024
 LOSSES = 2**22
@@ -105,7 +96,7 @@ def _dense(backend: str, *needed: int) -> list[Tensor]:
 
 def _step(operands: list[Any], upstream: float = 2.0, **options: Any) -> int:
     """Return the bytes of the loss and the gradients."""
-    loss, wanted = smooth_l1_loss(*operands, **options), trained(operands, {})
+    loss, wanted = smooth_l1_loss(*operands, **options), requiring_grad(operands, {})
     above = torch.full_like(loss, upstream) if loss.dim() == 0 else loss.detach()
     gradients = torch.autograd.grad(loss, wanted, above) if wanted else ()
     return sum(tensor.nbytes for tensor in (loss, *gradients))
@@ -125,12 +116,12 @@ def test_the_instrument_sees_a_copy() -> None:
     assert _watch(values.clone) == (values.nbytes, 0)
 
 
-@on_kernel
+@support.on_kernel
 @pytest.mark.parametrize("name", CALLS)
 def test_no_operand_is_copied(name: str, backend: str) -> None:
     operands, options = dict(zip(CALLS, calls(SIZES[backend] // 4), strict=True))[name].bind(_ones)
     # (Gradients of weights and beta have a buffer, in which they are summed.)
-    for tensor in trained(operands[2:], options):
+    for tensor in requiring_grad(operands[2:], options):
         tensor.requires_grad_(False)
     for upstream in (1.0, 2.0):
         assert _besides(operands, upstream, **options) < ALLOWED[backend]
@@ -147,7 +138,7 @@ def test_no_weights_are_copied(layout: str, weights: str, backend: str) -> None:
     assert _besides(operands, reduction="sum") < ALLOWED[backend] + converted
 
 
-@on_eager
+@support.on_eager
 def test_operands_are_not_converted_together(backend: str) -> None:
     """The weighted difference is held in float32, and one operand at a time."""
     input, target, inside, _ = _dense(backend)
@@ -155,21 +146,21 @@ def test_operands_are_not_converted_together(backend: str) -> None:
     assert _besides(operands, reduction="sum") < 2 * ALLOWED["eager"]
 
 
-@on_kernel
+@support.on_kernel
 def test_beta_is_not_converted(backend: str) -> None:
     beta = _ones(SIZES[backend] // 4, 4, dtype="float16")
     assert _besides(_dense(backend, 0), beta=beta) < WORKSPACE
 
 
-@on_eager
+@support.on_eager
 def test_losses_are_held_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So what eager PyTorch needs beside a large gradient does not grow with it."""
-    monkeypatch.setattr(eager, "PART", LOSSES // 4)
+    monkeypatch.setattr(eager, "PART_NUMEL", LOSSES // 4)
     assert _besides(_dense(backend, 0)) < LOSSES + WORKSPACE
 
 
-@on_eager
-@needs_no_gpu
+@support.on_eager
+@support.needs_no_gpu
 def test_few_rows_need_no_buffers(backend: str) -> None:
     """Where a mask selects few rows, these are gathered, on a CPU."""
     few_rows = torch.arange(LOSSES // 4)[:, None] % 16 == 0
@@ -185,7 +176,7 @@ def test_only_needed_gradients(needed: tuple[int, ...], reduction: str, backend:
     assert _besides(_dense(backend, *needed), reduction=reduction) < allowed
 
 
-@on_kernel
+@support.on_kernel
 @pytest.mark.parametrize("name", CALLS)
 def test_no_host_synchronisation(name: str) -> None:
     """No operator reads a value on the host; on a GPU PyTorch itself is told to object."""

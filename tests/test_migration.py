@@ -16,10 +16,11 @@ from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know 
 from torch.testing import assert_close
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from tests import support
 from tests.composed import composed
-from tests.support import DEVICE, Loss, boxes, coin, on_both, results, values
+from tests.support import DEVICE, Loss, boxes, coin, results, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 SHAPE = (9, 4, 3, 2)
 EPS = torch.finfo(torch.float32).eps

@@ -18,10 +18,10 @@ from torch.func import jvp, vmap
 from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
-from tests import oracle
-from tests.support import DEVICE, assert_same, backend_set, check, on_both, on_kernel, results
+from tests import oracle, support
+from tests.support import DEVICE, assert_same, backend_set, check, results
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 NAN, INF = math.nan, math.inf
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -115,7 +115,7 @@ def is_ordinary(tensor: Tensor) -> Tensor:
     return ~((size > 1e37) & (size < INF) | (size > 0) & (size < 1e-37))
 
 
-@on_kernel
+@support.on_kernel
 @pytest.mark.parametrize(("dtype", "option"), CASES, ids=str)
 @pytest.mark.parametrize("inside", [None, *FACTORS, True, False], ids=str)
 def test_products(inside: float | None, dtype: torch.dtype, option: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ def test_second_order(name: str, reduction: str) -> None:
     def second(function: Loss) -> tuple[Tensor, ...]:
         loss = function(*operands, **options)
         upstream = torch.full_like(loss, 0.7).requires_grad_()
-        wanted = support.trained(operands, options)
+        wanted = support.requiring_grad(operands, options)
         first = torch.autograd.grad(loss, wanted, upstream, create_graph=True)
         penalty = torch.stack([g.square().sum() for g in first]).sum()
         return torch.autograd.grad(penalty, [*wanted, upstream])

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, check, needs_no_gpu, on_kernel, values
+from tests import support
+from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, check, values
 
-pytestmark = on_kernel
+pytestmark = support.on_kernel
 
 Layout = tuple[Shape, Shape]  # sizes and strides
 INT32_MAX = 2**31 - 1
@@ -88,7 +89,7 @@ def _best_accesses(found: npt.NDArray[np.int64], plan: Any) -> str:
     return "strided"
 
 
-@needs_no_gpu
+@support.needs_no_gpu
 @given(
     walk=walks(),
     reduction=st.sampled_from(REDUCTIONS),

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fused_smoothl1 import SmoothL1Loss
-from tests.support import boxes, check, needs_interpreter, run_python
+from tests import support
+from tests.support import boxes, check, run_python
 
 
 def compute(rows: int = 300) -> None:
@@ -62,7 +63,7 @@ METHODS = sorted({"fork", "spawn"} & {*get_all_start_methods()})
         ("in_threads()", "eager"),  # Triton's interpreter allows one at a time.
         *((f"in_children('{method}')", "eager") for method in METHODS),
         *(
-            pytest.param(f"in_children('{method}')", "triton", marks=needs_interpreter)
+            pytest.param(f"in_children('{method}')", "triton", marks=support.needs_interpreter)
             for method in METHODS
         ),
     ],

@@ -12,9 +12,10 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support import FLOATS, MASKS, REDUCTIONS, Shape, check, on_both, values
+from tests import support
+from tests.support import FLOATS, MASKS, REDUCTIONS, Shape, check, values
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 REAL = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, *MASKS)
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 0.25, -0.25, 1.0)

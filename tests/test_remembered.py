@@ -5,10 +5,11 @@
 
 import pytest
 
-from tests.support import needs_triton, run_python
+from tests import support
+from tests.support import run_python
 
 
-@needs_triton
+@support.needs_triton
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_remembered(target: str) -> None:
     # What it compiles for AMD depends on the size of a storage then, in Triton 3.5 too.

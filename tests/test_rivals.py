@@ -18,8 +18,8 @@ from bench import check, measure, rivals
 from bench.rivals import FUSED, RIVALS
 from bench.traffic import Traffic
 from bench.workloads import Spec, build, rotation, specs
-from tests import oracle
-from tests.support import DEVICE, FLOATS, HAS_GPU, float64, needs_gpu
+from tests import oracle, support
+from tests.support import DEVICE, FLOATS, HAS_GPU, as_float64
 
 # Whole hidden states for `drafter`, whole samples for `tensor_beta`, and more than a tile of any.
 NUMEL = 2**17
@@ -51,10 +51,10 @@ def test_every_rival_is_right(
     for block in (2**14, 2**30):
         monkeypatch.setattr(check, "BLOCK_ELEMENTS", block)
         truth = check.expected(own)
-        np.testing.assert_allclose(float64(truth.loss), answer.loss, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(as_float64(truth.loss), answer.loss, rtol=1e-12, atol=1e-15)
         assert (truth.gradient is not None) == own.backward
         if truth.gradient is not None:
-            gradient = float64(truth.gradient)
+            gradient = as_float64(truth.gradient)
             np.testing.assert_allclose(gradient, answer.input, rtol=1e-12, atol=1e-15)
     those = [rival for rival in RIVALS if rival.is_rival_of(own)]
     assert {"eager_composition", "compile", FUSED} <= {rival.name for rival in those}
@@ -154,7 +154,7 @@ def test_workloads() -> None:
         assert sizes == [10_752, 86_184, 2**20, 2**22, 2**24]
 
 
-@needs_gpu
+@support.needs_gpu
 def test_replay_of_a_graph() -> None:
     """A replay computes anew from what the operands hold then, into the same tensors."""
     workload = _workload("dense")

@@ -14,16 +14,8 @@ import fused_smoothl1
 from fused_smoothl1 import dispatch
 from fused_smoothl1.__main__ import CASES, ROUNDINGS, main
 from fused_smoothl1.problem import NoKernelError
-from tests.support import (
-    HAS_GPU,
-    HAS_TRITON,
-    ROOT,
-    backend_set,
-    needs_interpreter,
-    needs_no_gpu,
-    needs_triton,
-    run_python,
-)
+from tests import support
+from tests.support import HAS_GPU, HAS_TRITON, ROOT, backend_set, run_python
 
 ALL = len(CASES)
 right = fused_smoothl1.smooth_l1_loss
@@ -70,10 +62,16 @@ def test_works_without_triton(module: str, told: str, tmp_path: Path) -> None:
     ("choice", "interpret", "status", "told"),
     [
         ("cuda", "0", 1, "none: FUSED_SMOOTHL1_BACKEND must be one of"),
-        pytest.param("triton", "0", 1, "none: .*INTERPRET=1", marks=[needs_triton, needs_no_gpu]),
+        pytest.param(
+            "triton",
+            "0",
+            1,
+            "none: .*INTERPRET=1",
+            marks=[support.needs_triton, support.needs_no_gpu],
+        ),
         pytest.param(
             *("triton", "01"[not HAS_GPU], 0, "Triton kernel, .* FUSED_SMOOTHL1_BACKEND=triton$"),
-            marks=needs_interpreter,
+            marks=support.needs_interpreter,
         ),
     ],
 )
@@ -82,7 +80,7 @@ def test_backend_by_choice(choice: str, interpret: str, status: int, told: str) 
     assert re.match(told, found["backend"])
 
 
-@needs_triton
+@support.needs_triton
 def test_no_kernel_compiles(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_smoothl1.problem import OPERANDS, make_problem
-from tests.support import DEVICE, boxes, coin, on_eager, values
+from tests import support
+from tests.support import DEVICE, boxes, coin, values
 
 RANKS = 2
 # Of the input, the inside weights, and outside weights and beta: every number of dimensions, and
@@ -69,7 +70,7 @@ def whole(parts: tuple[Tensor, ...], placement: Any) -> Tensor:
     return parts[0]
 
 
-@on_eager
+@support.on_eager
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="waits for PyTorch with its distributed package"
 )

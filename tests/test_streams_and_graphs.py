@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.functional import Reduction
+from tests import support
 from tests.support import (
     CALLS,
     DEVICE,
@@ -26,14 +27,11 @@ from tests.support import (
     boxes,
     call,
     coin,
-    needs_gpu,
-    on_both,
-    on_kernel,
     results,
     values,
 )
 
-pytestmark = [needs_gpu, on_both]
+pytestmark = [support.needs_gpu, support.on_both]
 
 ROWS = 100_003
 
@@ -155,7 +153,7 @@ def test_at_once(context: str) -> None:
     _check(context, [partial(_run, _operands(50_000 + 17_001 * i)) for i in range(6)])
 
 
-@on_kernel
+@support.on_kernel
 @pytest.mark.parametrize("rows", [33, 200_003], ids=["one_block", "many"])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_kind_of_call(name: str, rows: int) -> None:
@@ -184,7 +182,7 @@ def test_graph_with_new_values(reduction: Reduction) -> None:
         assert_equal(found, run(operands, number))
 
 
-@on_kernel
+@support.on_kernel
 def test_graph_of_a_training_step() -> None:
     """Forward, backward and optimiser in one graph learn as they do in eager PyTorch."""
     features, target = values(4096, 8), values(4096, 4)
@@ -218,7 +216,7 @@ def test_several_devices() -> None:
     assert_close(found, len(found) * found[:1])
 
 
-@on_kernel
+@support.on_kernel
 def test_compiled_with_graphs() -> None:
     """torch.compile's own CUDA graphs, around the registered operator.
 
@@ -252,7 +250,7 @@ def _(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return input.new_empty(()), torch.empty_like(input)
 
 
-@on_kernel
+@support.on_kernel
 def test_users_operator_compiled_with_graphs() -> None:
     """The library is not seen there, and what it keeps must not lie in the graphs' memory.
 

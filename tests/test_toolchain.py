@@ -8,8 +8,9 @@ import json
 
 import pytest
 
+from tests import support
 from tests.faults import FAULTS
-from tests.support import needs_triton, run_python
+from tests.support import run_python
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def found() -> dict[str, str]:
     return told
 
 
-@needs_triton
+@support.needs_triton
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault(fault: str, found: dict[str, str]) -> None:
     assert not found[fault], found[fault]

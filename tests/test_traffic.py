@@ -14,7 +14,7 @@ from bench.rivals import autograd_step, composition
 from bench.traffic import NUMEL, Traffic, elements
 from bench.workloads import Spec, build
 from fused_smoothl1 import smooth_l1_loss
-from tests.support import needs_no_gpu, on_kernel
+from tests import support
 
 CPU = torch.device("cpu")
 N = 200
@@ -73,8 +73,8 @@ def test_kernels_are_what_a_gpu_was_given(dtype: torch.dtype) -> None:
     assert len(found.kernels) + 1 in launches
 
 
-@on_kernel
-@needs_no_gpu
+@support.on_kernel
+@support.needs_no_gpu
 def test_this_library() -> None:
     """The kernel reads four operands and writes the gradient; what backward reads is one number."""
     from tests.interpreter import events

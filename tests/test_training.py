@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fused_smoothl1 import SmoothL1Loss, functional, smooth_l1_loss
+from tests import support
 from tests.support import (
     CALLS,
     DEVICE,
@@ -26,14 +27,12 @@ from tests.support import (
     assert_equal,
     boxes,
     call,
-    on_both,
-    on_eager,
+    requiring_grad,
     results,
-    trained,
     values,
 )
 
-pytestmark = on_both
+pytestmark = support.on_both
 
 NAMES = [*KINDS, *(name for name in CALLS if "16 " in name or "elementwise" in name)]
 AUTOCAST = torch.autocast(DEVICE, torch.bfloat16)
@@ -59,7 +58,9 @@ SURROUNDINGS: dict[str, Callable[..., Tensor]] = {
 def test_what_changes_no_number(name: str, surroundings: str) -> None:
     """Reduced losses of 16 bits, for one, are float32 under autocast and without it."""
     operands, options = call(name)
-    wanted = [] if surroundings in ("no_grad", "inference_mode") else trained(operands, options)
+    wanted = (
+        [] if surroundings in ("no_grad", "inference_mode") else requiring_grad(operands, options)
+    )
     expected = results(smooth_l1_loss, operands, **options)
     loss = SURROUNDINGS[surroundings](partial(smooth_l1_loss, **options), *operands)
     assert loss.requires_grad == bool(wanted)
@@ -145,7 +146,7 @@ def test_module(text: str) -> None:
     assert_equal(module(*operands), 2 * smooth_l1_loss(*operands, **MODULES[text]))
 
 
-@on_eager
+@support.on_eager
 def test_host_threads() -> None:
     """Calls of several threads at once, forward and backward, do not meet in anything shared.
 

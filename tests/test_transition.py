@@ -153,7 +153,7 @@ def test_few_rows_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = (torch.arange(rows, device=DEVICE) % 50 == 7)[:, None]
     for shape in [(), (rows, 1), (4,)]:
         check(*boxes(rows, mask), beta=positive(*shape, grad=False), reduction="sum")
-    monkeypatch.setattr("fused_smoothl1.eager.PART", 12)
+    monkeypatch.setattr("fused_smoothl1.eager.PART_NUMEL", 12)
     for shape, weights in product([(), (6,), (1, 6), (6, 1), (6, 6)], (None, coin(6, 1))):
         check(*boxes((6, 6), weights), beta=positive(*shape, grad=False), upstream=1.5)
 
