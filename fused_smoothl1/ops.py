@@ -190,27 +190,43 @@ def _vjp(
     arguments: tuple[Any, ...], needed: list[bool], upstreams: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Return the needed gradients of an operator, differentiable again."""
-    with torch.enable_grad():
-        # (Through views, so that nothing beyond the arguments themselves is differentiated.)
-        views = tuple(
-            v.view_as(v) if need else v for v, need in zip(arguments, needed, strict=True)
+    sources = [v for v, need in zip(arguments, needed, strict=True) if need]
+
+    def results(*sources: Tensor) -> Results:
+        given = iter(sources)
+        pairs = zip(arguments, needed, strict=True)
+        return _composed(*(next(given) if need else v for v, need in pairs))
+
+    def filled(found: Results) -> Results:
+        pairs = zip(found, upstreams, strict=True)
+        return tuple(torch.zeros_like(r) if upstream is None else upstream for r, upstream in pairs)
+
+    if is_transformed():
+        # Here autograd's own graph is out of sight. (Where it is not, hooks may save tensors, which
+        # torch.func refuses.)
+        found, pullback = cast(Any, torch.func.vjp(results, *sources))
+        gradients = iter(pullback(filled(found)))
+    else:
+        with torch.enable_grad():
+            # (Through views, so that nothing beyond the arguments themselves is differentiated.)
+            views = [source.view_as(source) for source in sources]
+            found = results(*views)
+        pairs = [(r, u) for r, u in zip(found, filled(found), strict=True) if r.requires_grad]
+        gradients = iter(
+            torch.autograd.grad(
+                [result for result, _ in pairs],
+                views,
+                [upstream for _, upstream in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
         )
-        results = _results(views, composition)
-    pairs = [
-        (result, torch.zeros_like(result) if upstream is None else upstream)
-        for result, upstream in zip(results, upstreams, strict=True)
-        if result.requires_grad
-    ]
-    gradients = iter(
-        torch.autograd.grad(
-            [result for result, _ in pairs],
-            [view for view, need in zip(views, needed, strict=True) if need],
-            [upstream for _, upstream in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    )
     return tuple(next(gradients) if need else None for need in needed)
+
+
+def _composed(*arguments: Any) -> Results:
+    """Return an operator's results by operations that a transformation knows how to treat."""
+    return _results(arguments, composition)
 
 
 def _register(operator: Any) -> None:
@@ -220,12 +236,13 @@ def _register(operator: Any) -> None:
         # A graph that was captured earlier may be transformed now. Functorch refuses the Function,
         # which would lose tangents.
         if is_transformed():
-            return _results(arguments, composition)
+            return _composed(*arguments)
         results: Results = _Differentiable.apply(operator, *arguments)
         return results
 
     library.impl(name, _run, "CompositeExplicitAutograd")
     library.impl(name, differentiable, "Autograd")
+    library.impl(name, _composed, "FuncTorchBatched")
     torch.library.register_fake(operator, lambda *a: _results(a, _Shapes), lib=library)
 
 

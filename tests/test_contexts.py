@@ -236,6 +236,7 @@ def test_call(use: str, kind: str) -> None:
         assert_alike(reduction, *(USES[use](f, *sources) for f in (ours, theirs)))
 
 
+@pytest.mark.filterwarnings("error:.*batching rule")
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("kind", FEW_KINDS)
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -243,8 +244,8 @@ def test_graph(capture: str, kind: str, reduction: str) -> None:
     """Used with other values than those that it was made with."""
     ours, theirs, sources = bound(kind, reduction)
     graphs = [CAPTURES[capture](f, leaves(sources)) for f in (ours, theirs)]
-    for name, use in TRANSFORMS.items():
-        assert_alike(name, *(use(graph, *shifted(sources, 0.1)) for graph in graphs))
+    for name in (*TRANSFORMS, "jvp of backward", "vmap of backward"):
+        assert_alike(name, *(USES[name](graph, *shifted(sources, 0.1)) for graph in graphs))
 
 
 @pytest.mark.parametrize("of", [gradients, gradients_of_gradients, second_gradient])
