@@ -31,7 +31,6 @@ def losses(pred: Tensor, target: Tensor) -> list[Tensor]:
     mask = torch.ones(len(pred), 1, dtype=torch.bool)
     return [
         smooth_l1_loss(pred, target),
-        smooth_l1_loss(pred, target, mask),
         smooth_l1_loss(pred, target, mask, 2.0, beta=0.5, reduction="batchmean"),
         smooth_l1_loss(pred, target, None, 1, sigma=3, reduction="sum", normalizer=7),
         smooth_l1_loss(pred, target, outside_weights=mask, reduction="sum", normalizer=mask.sum()),
@@ -54,7 +53,8 @@ from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 def losses(pred: Tensor, target: Tensor) -> None:
     smooth_l1_loss(pred)  # no target
     smooth_l1_loss(pred, [1.0])  # a list for a tensor
-    smooth_l1_loss(pred, target, "mask")  # a string for weights
+    smooth_l1_loss(pred, target, "mask")  # a string for inside weights
+    smooth_l1_loss(pred, target, None, "mask")  # a string for outside weights
     smooth_l1_loss(pred, target, 0.5)  # a number for inside weights
     smooth_l1_loss(pred, target, sigma="3")  # a string for a number
     smooth_l1_loss(pred, target, None, None, 3.0)  # sigma by position
