@@ -1,11 +1,13 @@
-"""The benchmark's rivals are right, and strong; what is wrong is found.
+"""The benchmark's rivals are right and strong; what is wrong is found; and bytes are counted.
 
 torch.compile is left out here: what it would compile runs as it is.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from math import nan
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,29 +16,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import check, measure, rivals
-from bench.rivals import FUSED, RIVALS
-from bench.traffic import Traffic
-from bench.workloads import Spec, build, rotation, specs
+from bench import check, rivals, traffic
+from bench.report import RESULTS, read
+from bench.rivals import FUSED, RIVALS, autograd_step, composition
+from bench.traffic import Traffic, elements
+from bench.workloads import Spec, build, rotation
+from fused_smoothl1 import smooth_l1_loss
 from tests import oracle, support
 from tests.support import DEVICE, FLOATS, HAS_GPU, as_float64
 
-# Whole hidden states for `drafter`, whole samples for `tensor_beta`, and more than a tile of any.
-NUMEL = 2**17
-MASKS = ("row_mask", "element_mask", "drafter")
-OF_FLAG_GEMS = ("no_weights", "none", "kernelbench")
-CASES = ("dense", "broadcast", "tensor_beta", *OF_FLAG_GEMS, *MASKS)
+NUMEL = 2**17  # whole hidden states for `drafter`, and more than a tile of any type
+UNWEIGHTED = ("no_weights", "none", "kernelbench")
+MASKED = ("row_mask", "element_mask", "drafter")
+CASES = ("dense", "broadcast", "tensor_beta", *UNWEIGHTED, *MASKED)
 RIVAL = {rival.name: rival for rival in RIVALS}
 # Before 2.10 PyTorch's own loss has no backward for float16 on a CPU.
 DTYPES = FLOATS[1:] if HAS_GPU or torch.__version__ >= "2.10" else (torch.float32, torch.bfloat16)
 
 
-def numel_of(case: str) -> int:
-    return 360**2 if case == "kernelbench" else NUMEL
-
-
-def _workload(case: str, dtype: torch.dtype = torch.float32) -> Any:
-    return build(Spec(case, numel_of(case), dtype), torch.device(DEVICE))
+def workload(case: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Any:
+    return build(Spec(case, NUMEL, dtype), torch.device(device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,57 +43,56 @@ def _workload(case: str, dtype: torch.dtype = torch.float32) -> Any:
 def test_every_rival_is_right(
     case: str, dtype: torch.dtype, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So is what they are checked against, made in blocks or at once: it is the oracle's answer."""
-    own = _workload(case, dtype)
+    """So is what they are checked against, made in blocks or at once: it is the oracle's answer.
+
+    They are on the copies too, which lie in other memory: so no cache holds what a step reads.
+    """
+    own = workload(case, dtype)
     upstream = own.loss_scale if own.upstream is None else own.upstream
     answer = oracle.smooth_l1(own.input, *own.operands, **own.options, upstream=upstream)
     for block in (2**14, 2**30):
         monkeypatch.setattr(check, "BLOCK_ELEMENTS", block)
         truth = check.expected(own)
-        np.testing.assert_allclose(as_float64(truth.loss), answer.loss, rtol=1e-12, atol=1e-15)
-        assert (truth.gradient is not None) == own.backward
-        if truth.gradient is not None:
-            gradient = as_float64(truth.gradient)
-            np.testing.assert_allclose(gradient, answer.input, rtol=1e-12, atol=1e-15)
+        for found, right in zip(truth, (answer.loss, answer.input), strict=True):
+            if found is not None:
+                np.testing.assert_allclose(as_float64(found), right, rtol=1e-12, atol=1e-15)
+    assert (truth.gradient is not None) == own.backward
+    copies = rotation(own, cache_bytes=own.needed_bytes, most=9)  # twice the cache in all
+    addresses = {tensor.data_ptr() for copy in copies for tensor in copy._tensors().values()}
+    assert len(addresses) == 2 * len(own._tensors())
     those = [rival for rival in RIVALS if rival.is_rival_of(own)]
     assert {"eager_composition", "compile", FUSED} <= {rival.name for rival in those}
     for rival in those:
-        for copy in (own, own.copy()):
+        for copy in copies:
             assert check.problem(own, truth, *rival.step(copy)()) is None, rival.name
 
 
 @pytest.mark.parametrize("name", ["eager_composition", "compile", "compile_grad_and_value"])
 def test_compositions(name: str, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask is a float before the clock starts, but where it is compiled; drafters have theirs."""
-    step = RIVAL[name].step(_workload("row_mask"))
+    step = RIVAL[name].step(workload("row_mask"))
     with Traffic() as found:
         step()
     read = {tensor.dtype for kernel in found.kernels for tensor in kernel.reads}
     assert (torch.bool in read) == RIVAL[name].compiles
     monkeypatch.setattr(rivals, "composition_for_drafter", lambda input, *_, **__: 7 * input.sum())
-    _, gradient = RIVAL[name].step(_workload("drafter"))()
+    _, gradient = RIVAL[name].step(workload("drafter"))()
     assert gradient is not None
     assert gradient.eq(7).all()
 
 
-def test_flag_gems_is_a_rival_of_what_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is installed, on a GPU: its operators are called as PyTorch's would be.
-
-    These stand in for them here.
-    """
-    backward = torch.ops.aten.smooth_l1_loss_backward.default
-    operators = (torch.nn.functional.smooth_l1_loss, backward)
-    monkeypatch.setattr(rivals, "_flag_gems_operators", lambda: operators)
+def test_flag_gems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed, on a GPU, it is a rival without weights; here PyTorch stands in."""
+    forward, backward = torch.nn.functional.smooth_l1_loss, torch.ops.aten.smooth_l1_loss_backward
+    monkeypatch.setattr(rivals, "_flag_gems_operators", lambda: (forward, backward.default))
+    monkeypatch.setattr(rivals, "find_spec", lambda name: name == "flag_gems")
+    flag_gems = RIVAL["flag_gems"]
     for case in CASES:
-        workload, rival = _workload(case), RIVAL["flag_gems"]
-        for installed, is_cuda in ((True, True), (True, False), (False, True)):
-            there: Any = replace(workload, input=SimpleNamespace(is_cuda=is_cuda))
-            monkeypatch.setattr(rivals, "find_spec", lambda _, found=installed: found or None)
-            is_rival = installed and is_cuda and case in OF_FLAG_GEMS
-            assert rival.is_rival_of(there) == is_rival
-        if case in OF_FLAG_GEMS:
-            truth = check.expected(workload)
-            assert check.problem(workload, truth, *rival.step(workload)()) is None
+        own = workload(case)
+        on_gpu: Any = replace(own, input=SimpleNamespace(is_cuda=True))
+        assert flag_gems.is_rival_of(on_gpu) == (case in UNWEIGHTED)
+        if case in UNWEIGHTED:
+            assert check.problem(own, check.expected(own), *flag_gems.step(own)()) is None
 
 
 DEFECTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
@@ -113,56 +111,77 @@ DEFECTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]] = {
 @pytest.mark.parametrize("case", ["dense", "none"])
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_what_is_wrong_is_found(defect: str, case: str) -> None:
-    workload = _workload(case)
-    answer: Any = RIVAL[FUSED].step(workload)()
-    for found, is_wrong in ((answer, False), (DEFECTS[defect](*answer), True)):
-        assert bool(check.problem(workload, check.expected(workload), *found)) == is_wrong
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_copies_lie_in_other_memory(case: str) -> None:
-    """Together they are as large as asked for: what a step reads, no cache holds any more."""
-    workload = _workload(case)
-    wanted = 5 * workload.needed_bytes
-    assert len(rotation(workload, cache_bytes=wanted, most=3)) == 3
-    copies = rotation(workload, cache_bytes=wanted // 2, most=10)
-    for own in zip(*(copy._tensors().values() for copy in copies), strict=True):
-        assert len({tensor.data_ptr() for tensor in own}) == 5
-        assert all(torch.equal(tensor, own[0]) for tensor in own)
+    own = workload(case)
+    answer: Any = RIVAL[FUSED].step(own)()
+    assert check.problem(own, check.expected(own), *DEFECTS[defect](*answer))
 
 
 def test_floor() -> None:
     """A loss of every element needs input and target twice; what a mask excludes is not read."""
     for case, numbers in {"dense": 5, "no_weights": 3, "kernelbench": 2, "none": 7}.items():
-        assert _workload(case).floor_bytes == 4 * numbers * numel_of(case)
-    for case in MASKS:
-        own = _workload(case)
+        own = workload(case)
+        assert own.floor_bytes == 4 * numbers * own.input.numel()
+    for case in MASKED:
+        own = workload(case)
         mask = own.outside_weights if case == "drafter" else own.inside_weights
         selected = int(mask.expand_as(own.input).sum())
         small = mask.numel() + own.normalizer.element_size()
         assert own.floor_bytes == 4 * (2 * selected + NUMEL) + small
 
 
-def test_workloads() -> None:
-    """On a GPU the most telling comes first; on a CPU most have every size that the goals name."""
-    on_gpu, on_cpu = (specs(torch.device(kind), quick=False) for kind in ("cuda", "cpu"))
-    assert (len({*on_gpu}), len({*on_cpu})) == (len(on_gpu), len(on_cpu))
-    first = "dense dense kernelbench drafter row_mask rpn dense rpn_graph dense_graph"
-    assert " ".join(spec.name for spec in on_gpu[:9]) == first
-    for case in ("dense", "broadcast", "row_mask", "element_mask", "no_weights", "none"):
-        sizes = [spec.numel for spec in on_cpu if spec.case == case]
-        assert sizes == [10_752, 86_184, 2**20, 2**22, 2**24]
+N = 200
+# Of x and y, which have N numbers, and of a row of 4: what each kernel reads and writes.
+BY_HAND: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], list[tuple[int, int]]]] = {
+    "two operands": (lambda x, y, row: x + y, [(2 * N, N)]),
+    "a broadcast operand": (lambda x, y, row: x * row.expand_as(x), [(N + 4, N)]),
+    "a sum": (lambda x, y, row: x.sum(), [(N, 1)]),
+    "in place": (lambda x, y, row: x.add_(y), [(2 * N, N)]),
+    "filled": (lambda x, y, row: x.zero_(), [(0, N)]),
+    "into another tensor": (lambda x, y, row: torch.add(x, row, out=y), [(N + 4, N)]),
+    "a fill inside": (lambda x, y, row: torch.zeros_like(x), [(0, N)]),
+    "a copy inside": (lambda x, y, row: x.double(), [(N, N)]),
+    "views": (lambda x, y, row: x.detach().t()[1:].expand(2, 3, -1), []),
+    "not written": (lambda x, y, row: torch.empty_like(x), []),
+    "two kernels": (lambda x, y, row: (x * y).sum(), [(2 * N, N), (N, 1)]),
+}
 
 
-@support.needs_gpu
-def test_replay_of_a_graph() -> None:
-    """A replay computes anew from what the operands hold then, into the same tensors."""
-    workload = _workload("dense")
-    steps = [RIVAL[FUSED].step(each) for each in (workload, workload.copy())]
-    replay = measure.replayed(steps, torch.device(DEVICE))
-    del steps  # What they hold is read all the same, so that nobody else may get its memory.
-    others = []
-    for scale in (1.0, 0.5):
-        workload.input.data.mul_(scale)
-        others += [torch.full((), nan, device=DEVICE) for _ in range(100)]
-        assert check.problem(workload, check.expected(workload), *replay()) is None
+@pytest.mark.parametrize("case", BY_HAND)
+def test_what_an_operator_moves(case: str) -> None:
+    action, expected = BY_HAND[case]
+    operands = torch.ones(N // 4, 4), torch.ones(N // 4, 4), torch.ones(4)
+    with Traffic() as found:
+        action(*operands)
+    assert [(elements(k.reads), elements(k.writes)) for k in found.kernels] == expected
+
+
+def test_picture_of_the_traffic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has the README's figures, whose kernels are those that a GPU was given.
+
+    (But for one fill, of the counters by which the blocks of a large mean know the last one.)
+    """
+    assert traffic.main(["--out", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "traffic.png").stat().st_size > 10_000
+    told = capsys.readouterr().out
+    assert "Eager PyTorch: 23 N in 10 kernels, 3 N of new memory" in told
+    assert "This library: 5 N in one kernel, 1 N of new memory" in told
+    step = autograd_step(composition, workload("dense", device="cpu"))
+    with Traffic() as found:
+        step()
+    rows = read(RESULTS / "nvidia-h100-80gb-hbm3.json").rows
+    own = [row for row in rows if (row.case, row.rival) == ("dense", "eager_composition")]
+    assert len(found.kernels) + 1 in {row.launches for row in own if row.dtype == "float32"}
+
+
+@support.on_kernel
+@support.needs_no_gpu
+def test_this_library_reads_each_operand_once() -> None:
+    """It writes the gradient, and that is all that moves; backward reads one number."""
+    from tests.interpreter import events
+
+    own = workload("dense")
+    smooth_l1_loss(own.input, *own.operands, **own.options)
+    times = Counter(f"{kind} {argument}" for kind, argument in events)
+    blocks = times["store gradients[0]"]
+    moved = sorted(event for event, count in times.items() for _ in range(round(count / blocks)))
+    assert moved == [*(f"load operands[{i}]" for i in range(4)), "store gradients[0]"]
