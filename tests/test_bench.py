@@ -47,17 +47,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "SECONDS", 0.0)
 
 
-def test_figures(bench_run: Run, uncompiled: None) -> None:
-    bench_run.fill([Spec(case, NUMEL) for case in ("dense", "row_mask", "kernelbench")])
-    rows: list[Any] = bench_run.report.rows
-    assert len(rows) == 5 + 6 + 3
-    for found in rows:
-        assert found.problem is found.left_out is None
-        assert found.gbps == pytest.approx(found.floor_bytes / found.median_ms / 1e6)
-        assert found.percent_of_copy == pytest.approx(found.gbps)
-        assert found.peak_extra_bytes is not None
-
-
 def test_what_fails_is_named(bench_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Be it a rival, or a workload that cannot be had; the others are timed."""
 
@@ -79,18 +68,27 @@ def test_what_fails_is_named(bench_run: Run, capsys: pytest.CaptureFixture[str])
     assert right.median_ms is not None
 
 
-def test_compilation_that_does_not_fit_is_left_out(bench_run: Run, uncompiled: None) -> None:
-    """The first may take half a minute, and any other one twice the time of the last."""
+def test_rows(bench_run: Run, uncompiled: None) -> None:
+    """A rival has all figures, unless it is compiled and that may not fit into the limit.
+
+    The first compilation may take half a minute, and any other one twice the time of the last.
+    """
     assert Clock().compile_seconds == 15
     # Seconds of a limit, what the last compilation took, and whether the next one fits.
     for limit, last, fits in [(29, 15, False), (300, 15, True), (29, 1, True), (99, 50, False)]:
         clock = bench_run.clock = Clock(limit)
         clock.compile_seconds = last
-        rows = bench_run.rows(DENSE)
+        rows: list[Any] = bench_run.rows(DENSE)
         # When one fits, it takes no time, as nothing is compiled here: so the other fits too.
         left_out = [] if fits else ["compile", "compile_grad_and_value"]
-        assert [found.rival for found in rows if found.left_out is not None] == left_out
-        assert [found.rival for found in rows if found.median_ms is None] == left_out
+        assert [row.rival for row in rows if row.left_out is not None] == left_out
+        assert [row.rival for row in rows if row.median_ms is None] == left_out
+        assert (clock.compile_seconds < last) == fits
+        for row in rows:
+            if row.rival not in left_out:
+                assert row.gbps == pytest.approx(row.floor_bytes / row.median_ms / 1e6)
+                assert row.percent_of_copy == pytest.approx(row.gbps)
+                assert row.peak_extra_bytes >= 4 * NUMEL
 
 
 def test_limit(quick: None, tmp_path: Path) -> None:
@@ -159,9 +157,7 @@ def test_what_is_written_is_read_again(bench_run: Run, capsys: pytest.CaptureFix
         assert reason in told
     assert main(["plot", str(path)]) == 0
     assert {path.name for path in path.parent.glob("*.png")} == {"report.png", "report-summary.png"}
-
-
-def test_results_can_be_read_and_drawn() -> None:
+    # What is kept of other runs can be read and drawn too.
     others = ("drafter", "host", "train", "tune", "torchvision", "sweep")
     kept = [path for path in RESULTS.glob("*.json") if not path.name.startswith(others)]
     assert {row.rival for path in kept for row in read(path).rows} - {run.ALL} <= {*STYLES}
