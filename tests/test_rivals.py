@@ -142,7 +142,6 @@ BY_HAND: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], object], list[tuple[
     "a copy inside": (lambda x, y, row: x.double(), [(N, N)]),
     "views": (lambda x, y, row: x.detach().t()[1:].expand(2, 3, -1), []),
     "not written": (lambda x, y, row: torch.empty_like(x), []),
-    "two kernels": (lambda x, y, row: (x * y).sum(), [(2 * N, N), (N, 1)]),
 }
 
 

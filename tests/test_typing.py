@@ -10,21 +10,11 @@ from tests.support import ROOT, run_python
 
 RIGHT = """
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import assert_type
 
 import fused_smoothl1
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
-
-
-class BoxHead(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.criterion = SmoothL1Loss(sigma=3.0, reduction="sum")
-
-    def forward(self, pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        count = mask.sum().clamp(min=1)
-        return self.criterion(pred, target, mask, normalizer=count)
 
 
 def losses(pred: Tensor, target: Tensor) -> list[Tensor]:
@@ -36,6 +26,7 @@ def losses(pred: Tensor, target: Tensor) -> list[Tensor]:
         smooth_l1_loss(pred, target, outside_weights=mask, reduction="sum", normalizer=mask.sum()),
         smooth_l1_loss(pred, target, beta=target.abs().median()),
         smooth_l1_loss(pred, target, sigma=torch.ones(4)),
+        SmoothL1Loss(sigma=3.0, reduction="sum")(pred, target, mask, normalizer=mask.sum()),
     ]
 
 
