@@ -12,14 +12,24 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
 from torch.testing import assert_close
 
-from bench.demos import curves, detector, drafter, language_model
+from bench.demos import curves, detector, drafter, language_model, train
 from bench.demos.language_model import LENGTH, encode
 from bench.rivals import FUSED
-from tests.support import DEVICE, boxes, coin, values
+from tests.support import DEVICE, boxes, coin, results, values
 
 HERE = torch.device(DEVICE)
 PROMPT, ANSWER = 'def mean(data): """', 'Return the mean."""'
 PAIRS = [(PROMPT, ANSWER), (PROMPT, LENGTH * "a"), (LENGTH * "a", ANSWER)]
+
+
+def test_formulas() -> None:
+    """What differs between two trainings is who computes the loss."""
+    maps, states = (2, 36, 5, 7), (3, 9, 8)
+    for demo, operands in (
+        (train, boxes(maps, maps, maps)),
+        (drafter, boxes(states, None, coin(3, 9, 1))),
+    ):
+        assert_close(*(results(f, operands, **demo.OPTIONS) for f in demo.FORMULAS.values()))
 
 
 def test_mask_of_the_drafter() -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sybil import Document, Example
+from sybil.evaluators.python import pad
+from sybil.parsers.markdown import CodeBlockParser
 from torch import Tensor, autograd
 from torch.testing import assert_close
 
@@ -18,10 +21,6 @@ README, CONTRIBUTING, CHANGELOG = (
     (ROOT / f"{name}.md").read_text(encoding="utf-8")
     for name in ("README", "CONTRIBUTING", "CHANGELOG")
 )
-BLOCKS = {
-    f"line {len(README[: found.start(1)].splitlines()) + 1}": found[1]
-    for found in re.finditer(r"^```python\n(.+?)^```$", README, re.MULTILINE | re.DOTALL)
-}
 PACKAGE = Path(fused_smoothl1.__file__).parent
 # (As they are, but for comments, and with each import in one line.)
 FILES = {path.stem: ast.unparse(ast.parse(path.read_text())) for path in PACKAGE.glob("[!_]*.py")}
@@ -33,13 +32,15 @@ WHEELS = [
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_block_of_the_readme(block: str) -> None:
-    """It runs, and each `new` in it equals the `old` above it, loss and gradients alike."""
+def run(block: Example) -> None:
+    """Run a block of the README statement by statement.
+
+    Each `new` in it must equal the `old` above it, loss and gradients alike.
+    """
     names: dict[str, Any] = {"__name__": "readme"}
     pairs = 0
-    for statement in ast.parse(BLOCKS[block]).body:
-        exec(ast.unparse(statement), names)
+    for statement in ast.parse(pad(block.parsed, block.line)).body:
+        exec(compile(ast.Module([statement], []), block.path, "exec"), names)
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "new":
             tensors = [value for value in names.values() if isinstance(value, Tensor)]
             leaves = [tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad]
@@ -47,7 +48,15 @@ def test_block_of_the_readme(block: str) -> None:
             assert_close(*losses)
             assert_close(*(autograd.grad(loss.sum(), leaves) for loss in losses))
             pairs += 1
-    assert pairs == len(re.findall(r"\bnew = ", BLOCKS[block])), "a pair was not compared"
+    assert pairs == len(re.findall(r"\bnew = ", block.parsed)), "a pair was not compared"
+
+
+BLOCKS = [*Document.parse(str(ROOT / "README.md"), CodeBlockParser("python", run))]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
+def test_block_of_the_readme(block: Example) -> None:
+    block.evaluate()
 
 
 def test_what_the_documents_name() -> None:
