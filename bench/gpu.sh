@@ -81,7 +81,7 @@ suite() {
   fi
   # A worker that compiles with torch.compile would start workers of its own for that.
   step "$name" "$limit" 30 env TORCHINDUCTOR_COMPILE_THREADS=1 \
-    "$python" -m pytest -v --continue-on-collection-errors -p tests.told_at_once \
+    "$python" -m pytest -v --continue-on-collection-errors -p bench.told_at_once \
     "${workers[@]}" "$@"
 }
 

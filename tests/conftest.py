@@ -24,20 +24,16 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile(
-    "ci",
+    "the same at every run",
     deadline=None,
     derandomize=True,
     database=None,
-    print_blob=True,
     suppress_health_check=[
         hypothesis.HealthCheck.too_slow,
         hypothesis.HealthCheck.function_scoped_fixture,
     ],
 )
-hypothesis.settings.register_profile(
-    "explore", hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=5000
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.load_profile("the same at every run")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,5 +4,6 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print it, in the process that has the terminal."""
     if report.failed:
         print(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", flush=True)
