@@ -29,7 +29,7 @@ class Reference:
 
 def _float64(value: Any) -> Array:
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().to(torch.float64).numpy()
+        return value.detach().cpu().to(torch.float64).resolve_neg().numpy()
     return np.asarray(value, dtype=np.float64)
 
 
@@ -89,10 +89,12 @@ def smooth_l1(
     transition, of_sigma = _transition(sigma, beta, shape)
 
     divisor = 1.0
-    if reduction == "mean":
-        divisor = float(max(input.numel(), 1))
+    if not input.numel():
+        pass  # The sum of nothing is 0, whatever divides it.
+    elif reduction == "mean":
+        divisor = float(input.numel())
     elif reduction == "batchmean":
-        divisor = float(max(shape[0], 1)) if shape else 1.0
+        divisor = float(shape[0]) if shape else 1.0
     elif normalizer is not None:
         divisor = float(_float64(normalizer))
 
