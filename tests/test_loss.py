@@ -1,104 +1,116 @@
-"""The loss and the gradients of input and target equal the oracle's.
+"""What small random calls do not reach (test_properties.py): sizes, offsets, and scales."""
 
-The shapes, and what each is for:
-- (): a number; `batchmean` has no batch to divide by, so it divides by 1;
-- (10, 5, 1, 1): the Caffe layer's own test;
-- (1, 36, 38, 63): the regression targets of an RPN on a 600x1000 image, many thread blocks;
-- (128, 84): the regression targets of a detection head, 21 classes of 4 coordinates;
-- 1, 3, 127, 1023, 1025, 4099, 8193: one element, less than a vector access, and one off every
-  power of two that a block size may be, so that the masked tail is taken.
-"""
-
-import math
-from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1 import smooth_l1_loss
 from tests import support
-from tests.support import DEVICE, FLOATS, REDUCTIONS, Shape, boxes, call, check, coin
+from tests.support import DEVICE, FLOATS, HAS_GPU, OPERANDS, REDUCTIONS, boxes, check, coin, values
 
 pytestmark = support.on_both
 
-SHAPES = [(), (10, 5, 1, 1), *((size,) for size in (1, 3, 127, 1023, 1025, 4099, 8193))]
-
-
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(shape: Shape, weighted: bool) -> None:
-    """With the Caffe layer's sigma, weights of both signs, and its test's gradient from above."""
-    weights = [shape, shape] if weighted else []
-    for reduction in REDUCTIONS:
-        check(*boxes(shape, *weights, grad=2), sigma=2.4, reduction=reduction, upstream=3.7)
-
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=["float", "mask"])
-def test_rpn(dtype: torch.dtype, reduction: str) -> None:
+def test_rpn(dtype: torch.dtype) -> None:
     """20 positives and 236 negatives of 21,546 anchors; outside weights 1/256 on both."""
     anchors = torch.stack([coin(1, 9, 38, 63, p=n / 21546) for n in (20, 236)])
     positive, negative = anchors.repeat_interleave(4, dim=2)
     weights = positive.to(dtype), (positive | negative) / 256
     input, target = boxes((1, 36, 38, 63), grad=2, scale=0.3)
     target.data *= positive
-    check(input, target, *weights, sigma=3.0, reduction=reduction)
+    for reduction in ("sum", "batchmean"):
+        check(input, target, *weights, sigma=3.0, reduction=reduction)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_head(reduction: str) -> None:
-    """A quarter of the rows are foreground, each with the 4 columns of its class active."""
-    active = torch.zeros(128, 21, device=DEVICE)
-    active[torch.arange(32), torch.randint(1, 21, (32,))] = 1.0
-    weights = active.repeat_interleave(4, dim=1)
-    operands = boxes((128, 84), weights, weights.clone(), grad=2, scale=2.0)
-    check(*operands, sigma=1.0, reduction=reduction)
-
-
-TRANSITIONS: list[dict[str, Any]] = [
-    *({"beta": beta} for beta in (0.0, 1e-6, 1 / 9, 0.7, 1.0, 30.0, 1e6)),
-    *({"sigma": sigma} for sigma in (0.5, 1.0, 3.0, math.inf, 1e12, 1e20, 1e25, 1e200)),
-    *({"sigma": sigma} for sigma in (1e-18, 1e-25, 1e-200)),
-]
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("option", TRANSITIONS, ids=str)
-def test_transition(option: dict[str, Any], reduction: str) -> None:
-    """From 0 to L1, whose gradient is sign(x), 0 at 0; 1 / sigma² may leave float64's range."""
-    operands = boxes((2, 65), (2, 1), grad=2, scale=0.3)
-    operands[0].data[0, ::5] = operands[1].data[0, ::5]
-    check(*operands, **option, reduction=reduction)
-
-
-@pytest.mark.parametrize("upstream", [1.0, -2.5])
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.int32], ids=str)
-def test_normalizer(dtype: torch.dtype, upstream: float) -> None:
-    """The host never reads it: whatever it is, IEEE 754 holds, also where nothing is selected."""
-    for value in (7.5, 0.0, *((math.nan, math.inf) if dtype.is_floating_point else ())):
-        normalizer = torch.tensor(value, device=DEVICE).to(dtype)
-        for p in (0.5, 0.0):
-            operands = boxes(33, coin(33, 1, p=p), (4,), grad=2)
-            check(*operands, reduction="sum", normalizer=normalizer, upstream=upstream)
-
-
-@pytest.mark.parametrize("kind", [int, float, Fraction, np.float16, np.float32, np.int64])
-def test_numbers_of_any_kind(kind: Any) -> None:
-    """What is a real number to Python serves as one; nothing is computed in its few digits."""
-    for name in ("sigma", "beta"):
-        options = {name: kind(7), "normalizer": kind(3)}
-        check(*boxes(9, None, kind(5), grad=2, scale=5.0), reduction="sum", **options)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [3, 1024, 1025, 8191])
+def test_last_elements(size: int, dtype: torch.dtype) -> None:
+    """What is left of whole blocks is bounded by a mask, which meets those that were given."""
+    check(*boxes((size,), (size,), (size,), grad=2, dtype=dtype), sigma=2.4, reduction="sum")
+    is_last = torch.arange(size, device=DEVICE) == size - 1
+    for mask in (is_last, ~is_last):
+        input, target = boxes((size,), grad=2, dtype=dtype)
+        input.data[~mask] = torch.nan
+        check(input, target, mask, mask.to(torch.uint8), upstream=2.0)
+        check(input, target, None, mask, reduction="none", upstream=2.0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_module_is_the_function(reduction: str) -> None:
-    """Its call takes the normalizer; all other options it keeps."""
-    operands, options = call("float32 row mask, int64 normalizer", reduction=reduction)
-    expected = smooth_l1_loss(*operands, **options)
-    normalizer = options.pop("normalizer")
-    module: Any = SmoothL1Loss(**options)
-    assert torch.equal(module(*operands, normalizer=normalizer), expected)
+def test_no_elements(reduction: Any) -> None:
+    """They give 0, of which all derivatives are 0 too, where PyTorch's mean is NaN."""
+    operands = boxes(0, (), (1, 4), grad=4)
+    if reduction == "sum":
+        for count in (0, 0.0):
+            normalizer = torch.tensor(count, device=DEVICE)
+            for given in (operands[:2], operands):
+                check(*given, reduction="sum", normalizer=normalizer)
+    loss = smooth_l1_loss(*operands, reduction=reduction)
+    first = torch.autograd.grad(loss.sum(), operands, create_graph=True)
+    second = torch.autograd.grad([gradient.sum() for gradient in first], operands)
+    assert not any(gradient.any() for gradient in second)
+
+
+# The dtypes of input and target, what the sum is divided by, and the gradient that arrives.
+SCALES = [(torch.float16, torch.float16, 256e6, 65536.0)]
+SCALES += [(dtype, torch.float64, 1e45, 1e45) for dtype in FLOATS[1:]]
+
+
+@pytest.mark.parametrize(("dtype", "wider", "divisor", "upstream"), SCALES, ids=str)
+def test_scales_meet_before_they_are_rounded(
+    dtype: torch.dtype, wider: torch.dtype, divisor: float, upstream: float
+) -> None:
+    """A million float16 elements with a GradScaler, each weighted by 1/256, are the first case.
+
+    Divided by all this, a gradient underflows unless the upstream gradient was multiplied by first.
+    """
+    input = values(500, dtype=dtype, scale=0.1, grad=True)
+    target = values(500, dtype=wider, scale=0.1, grad=True)
+    options: dict[str, Any] = {"sigma": 3.0, "reduction": "sum", "upstream": upstream}
+    for number in (divisor, torch.tensor(divisor, dtype=torch.float64, device=DEVICE)):
+        check(input, target, **options, normalizer=number)
+    for weight in (1 / divisor, torch.tensor(1 / divisor, dtype=torch.float64, device=DEVICE)):
+        check(input, target, None, weight, **options)
+
+
+# Sizes and strides of which the furthest element lies 2³¹ elements in: by the product of index
+# and stride, by one stride alone, and by a sum of two products that each fit 32 bits.
+FAR = [((3, 4), (2**30, 1)), ((2, 4), (2**31, 1)), ((2, 2, 4), (2**30, 2**30 + 8, 1))]
+
+
+@pytest.mark.parametrize("operand", range(4), ids=OPERANDS[:4])
+@pytest.mark.parametrize(("shape", "strides"), FAR, ids=str)
+@pytest.mark.usefixtures("unpoisoned")
+def test_offsets_beyond_32_bits(shape: Any, strides: Any, operand: int, tmp_path: Path) -> None:
+    """A view of few elements over a storage of 8 GiB: a sparse file, of which few pages exist."""
+    size, file = 2**31 + 64, str(tmp_path / "sparse")
+    storage = torch.empty(size, device=DEVICE) if HAS_GPU else torch.from_file(file, True, size)
+    operands = [values(*shape) for _ in range(4)]
+    operands[operand] = storage.as_strided(shape, strides).copy_(operands[operand])
+    for reduction in ("none", "sum"):
+        trained = [t.detach().requires_grad_(i < 2) for i, t in enumerate(operands)]
+        check(*trained, beta=0.5, reduction=reduction, upstream=1.5)
+
+
+@support.on_kernel
+@pytest.mark.skipif(
+    not HAS_GPU or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30,
+    reason="waits for a GPU with 40 GiB: 2**31 elements and their gradient",
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_more_than_2_31_elements(reduction: str, masked: bool, unpoisoned: None) -> None:
+    """The loss, its gradient, and what makes it another one for another upstream gradient."""
+    n, places = 2**31 + 4099, [2**31 + 4098, 2**31 - 1]
+    input = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
+    input[places] = torch.tensor([3.0, 0.5]).to(input)
+    target, mask = torch.zeros_like(input[:1]).expand(n), input != 0 if masked else None
+    operands = [input.requires_grad_(), target, mask]
+    loss, gradient = support.results(smooth_l1_loss, operands, upstream=2.0, reduction=reduction)
+    assert loss.sum(dtype=torch.float32) == 2.5 + 0.125
+    assert gradient[places].tolist() == [2.0, 1.0]
+    assert gradient.count_nonzero() == 2
