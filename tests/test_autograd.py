@@ -1,12 +1,14 @@
-"""First-order autograd: who gets a gradient, how often, and for which upstream gradient.
+"""Autograd: who gets a gradient, how often, for which upstream gradient, and of which order.
 
 The gradient is computed in the forward pass and handed out in the backward pass, so the dangers
-are all of one kind: a buffer used twice, handed out and still needed, or computed for nobody.
+are all of one kind: a buffer used twice, handed out and still needed, or one without a graph where
+a second derivative is to come.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,29 +17,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.functional import Reduction
 from tests import support
-from tests.support import (
-    CALLS,
-    DEVICE,
-    KINDS,
-    OPERANDS,
-    REDUCTIONS,
-    boxes,
-    call,
-    check,
-    coin,
-    gradient_unless_modified,
-    requiring_grad,
-    results,
-)
+from tests.support import CALLS, DEVICE, KINDS, OPERANDS, Loss, boxes, coin, results, values
 
 pytestmark = support.on_both
 
 NARROW = [name for name in CALLS if "16 " in name]
-# Of inside and outside weights of input (4, 3, 5).
-SHAPES = (((4, 3, 5), ()), ((4, 1, 5), (1,)), ((4, 1, 1), (5,)), ((3, 1), (1, 3, 1)))
-UPSTREAM = (0.0, -0.0, 1.0, -1.0, 3.7, 1e-30, 1e30, math.inf, -math.inf, math.nan)
 # Upstream gradients of one value: as they are in memory, as they are behind a conjugation, and
 # without memory, as PyTorch hands them down where nothing depends on a result.
 ABOVE: dict[float, Callable[[Tensor], Tensor]] = {
@@ -48,45 +33,17 @@ ABOVE: dict[float, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("needed", [*itertools.product([False, True], repeat=4)], ids=str)
-def test_only_for_those_that_require_one(needed: Sequence[bool]) -> None:
-    for weights, reduction in zip(SHAPES, REDUCTIONS, strict=True):
-        operands = boxes((4, 3, 5), *weights, grad=needed)
-        check(*operands, beta=0.4, reduction=reduction, upstream=-1.3)
-        loss = smooth_l1_loss(*operands, reduction=reduction)
-        assert loss.requires_grad == any(needed)
-        if any(needed):
-            loss.backward(torch.ones_like(loss))
-        assert [operand.grad is not None for operand in operands] == [*needed]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gradient_of_a_weight_is_rounded_after_the_sum(dtype: torch.dtype) -> None:
-    """Its 3,000 terms near 1000 of both signs cancel: rounded one by one, they would not."""
-    signs = torch.tensor([1.0, -1.0], device=DEVICE).repeat(1500)[:, None]
-    input, target, inside, outside = boxes((3000, 3), (1, 3), ())
-    inside, outside = (weight.to(dtype).requires_grad_() for weight in (inside, outside))
-    check(input + 1000, target, inside, signs, reduction="sum")
-    check(input, target, inside, outside)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("upstream", UPSTREAM)
-def test_upstream_gradient_of_any_value(upstream: float, reduction: str) -> None:
-    for weights in ([], [coin(7, 1)]):
-        check(*boxes((7, 5), *weights, grad=2), reduction=reduction, upstream=upstream)
-
-
 @pytest.mark.parametrize("first", ABOVE)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", [*KINDS, *NARROW])
 def test_backward_again_and_again(name: str, reduction: str, first: float) -> None:
-    """Nothing handed out is needed or handed out again: the caller may write to it."""
-    operands, options = call(name, reduction=reduction)
-    wanted = requiring_grad(operands, options)
+    """The caller may write to the loss and to all gradients, until the graph is freed."""
+    operands, options = support.call(name, reduction=reduction)
+    wanted = support.requiring_grad(operands, options)
     base = dict(zip(wanted, results(smooth_l1_loss, operands, **options)[1:], strict=True))
     assert all(gradient.count_nonzero() > 0 for gradient in base.values())
     loss = smooth_l1_loss(*operands, **options)
+    loss.detach().fill_(math.nan)
     kept = [*operands, loss, *base.values()]
     asked = [wanted[-1:], wanted, wanted[:1], wanted, wanted]
     for value, sources in zip((first, *ABOVE), asked, strict=True):
@@ -98,44 +55,128 @@ def test_backward_again_and_again(name: str, reduction: str, first: float) -> No
             gradient.fill_(math.nan)
         kept += gradients if above._is_zerotensor() else (above, *gradients)
     assert len({tensor.data_ptr() for tensor in kept}) == len(kept)
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_freed_graph_raises(batched: bool) -> None:
-    operands = boxes((7, 5), (7, 1))
-    loss = smooth_l1_loss(*operands)
-    above = torch.ones(2, device=DEVICE) if batched else None
-    torch.autograd.grad(loss, operands[0], above, is_grads_batched=batched)
+    torch.autograd.grad(loss, wanted, above)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(loss, operands[0])
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_loss_modified_in_place(reduction: Reduction) -> None:
-    """A training loop's `loss /= steps` on what the function returned."""
-    for weights in ([], [(7, 1)]):
-        operands = boxes((7, 5), *weights, grad=2)
-        expected = results(smooth_l1_loss, operands, reduction=reduction)
-        found = results(lambda *o: smooth_l1_loss(*o, reduction=reduction).div_(4), operands)
-        assert_close(found, [tensor / 4 for tensor in expected])
+        torch.autograd.grad(loss, wanted, above)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*OPERANDS[:4], "mask", "normalizer"])
+@pytest.mark.parametrize("name", [*OPERANDS[:4], "mask", "beta", "normalizer"])
 def test_operand_modified_before_backward(name: str, dtype: torch.dtype) -> None:
     """It raises, or the result is that of the old values; a wrong number is never given."""
     for reduction, used in itertools.product(("none", "sum"), (False, True)):
         operands = boxes((7, 5), (7, 1), coin(7, 5) if name == "mask" else (7, 5), dtype=dtype)
-        count = torch.tensor(4.0, device=DEVICE)
-        options: dict[str, Any] = {"reduction": reduction}
+        count, beta = torch.tensor(4.0, device=DEVICE), values(7, 1).abs()
+        options: dict[str, Any] = {"reduction": reduction, "beta": beta if name == "beta" else 1.0}
         options["normalizer"] = count if reduction == "sum" else None
         _, expected = results(smooth_l1_loss, operands, **options)
         loss = smooth_l1_loss(*operands, **options)
         if used:
             torch.autograd.grad(loss, operands[0], torch.ones_like(loss), retain_graph=True)
-        tensors = dict(zip(OPERANDS, operands, strict=False), mask=operands[3], normalizer=count)
+        tensors = {**dict(zip(OPERANDS, operands, strict=False)), "beta": beta}
+        tensors |= {"mask": operands[3], "normalizer": count}
         with torch.no_grad():
             tensors[name].copy_(tensors[name] == 0)
-        gradient = gradient_unless_modified(loss, operands[0])
+        gradient = support.gradient_unless_modified(loss, operands[0])
         if gradient is not None:
             assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gradient_is_rounded_after_the_sum(dtype: torch.dtype) -> None:
+    """Its 3,000 terms near 1000 of both signs cancel: rounded one by one, they would not."""
+    signs = torch.tensor([1.0, -1.0], device=DEVICE).repeat(1500)[:, None]
+    input, target, *others = boxes((3000, 3), (1, 3), ())
+    inside, beta = (other.abs().to(dtype).requires_grad_() for other in others)
+    support.check(input + 1000, target, inside, signs, beta=beta, reduction="sum")
+
+
+ROWS, COLUMNS = torch.tensor([[True], [False]]), torch.tensor([1, 0, 7], dtype=torch.uint8)
+# Inside weights, outside weights and beta of input (2, 3); tensors are given by their shapes.
+SECOND: dict[str, tuple[Any, Any, Any]] = {
+    "full size": ((2, 3), (2, 3), (2, 3)),
+    "broadcast": ((2, 1), (3,), (2, 1)),
+    "one for all": ((), (1, 1), ()),
+    "no weights": (None, None, 0.8),
+    "row mask": (ROWS, (3,), 0.8),
+    "column mask, L1": ((2, 1), COLUMNS, 0.0),
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean", "sum"])
+@pytest.mark.parametrize("name", SECOND)
+def test_gradgradcheck(name: str, reduction: str, backend: str) -> None:
+    """Finite differences in float64, at points no nearer to a kink than the step."""
+    inside, outside, beta = (w.to(DEVICE) if isinstance(w, Tensor) else w for w in SECOND[name])
+    operands = boxes((2, 3), inside, outside, grad=4, dtype=torch.float64)
+    if isinstance(beta, tuple):
+        beta = (0.8 + 0.1 * values(*beta, dtype=torch.float64)).requires_grad_()
+    x = ((operands[0] - operands[1]) * (1 if operands[2] is None else operands[2])).detach().abs()
+    assert x.min() < 0.8 < x.max()
+    assert ((x - beta).abs()[x != 0] > 1e-3).all()
+    normalizer = torch.tensor(3, device=DEVICE) if reduction == "sum" else None
+
+    def loss(*operands: Any) -> Tensor:
+        options: Any = {"reduction": reduction, "normalizer": normalizer}
+        return smooth_l1_loss(*operands[:4], beta=operands[4], **options)
+
+    # (A launch in the interpreter costs milliseconds.)
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(loss, (*operands, beta), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(loss, (*operands, beta), fast_mode=fast)
+
+
+# What is trained beside the input, and the options that are numbers.
+TRAINED: dict[str, tuple[list[str], dict[str, float]]] = {
+    "input": ([], {"sigma": 3.0}),
+    "input, L1": ([], {"beta": 0.0}),
+    "weights": (["weights"], {"beta": 0.5}),
+    "beta": (["beta"], {}),
+    "weights and sigma": (["weights", "sigma"], {}),
+}
+ROLES = ("inside_weights", "outside_weights")
+
+
+def masked(name: str, role: str, filler: float) -> tuple[Loss, list[Tensor], Tensor]:
+    """Return a loss, its sources, and where its mask excludes, which holds the filler."""
+    trained, numbers = TRAINED[name]
+    mask = values(2, 1, 3, 5, seed=0) > 0
+    excluded = ~mask.expand(2, 4, 3, 5)
+    tensors = [values(2, 4, 3, 5, seed=seed).abs() + 0.1 for seed in range(1, 3 + len(trained))]
+    tensors[1] = tensors[1].to(memory_format=torch.channels_last)
+    for tensor in tensors:
+        tensor[excluded] = filler
+    target, *sources = tensors
+    (other,) = {*ROLES} - {role}
+
+    def loss(input: Tensor, *others: Tensor) -> Tensor:
+        options: dict[str, Any] = {"reduction": "sum", role: mask, **numbers}
+        options |= zip(trained, others, strict=True)
+        options[other] = options.pop("weights", None)
+        return smooth_l1_loss(input, target, **options)
+
+    return loss, [source.requires_grad_() for source in sources], excluded
+
+
+@pytest.mark.parametrize("upstream", [1.5, 0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_graphs_and_masks(name: str, role: str, upstream: float) -> None:
+    """A graph of gradients changes none of them, nor the input's memory format.
+
+    What a mask excludes may be NaN, and then too, whatever arrives, adds nothing to any derivative.
+    """
+    same: Any = partial(assert_close, rtol=1e-5, atol=1e-6, equal_nan=True)
+    above, found = torch.tensor(upstream, device=DEVICE), []
+    for filler in (0.5, math.nan):
+        loss, sources, excluded = masked(name, role, filler)
+        value = loss(*sources)
+        plain = torch.autograd.grad(value, sources, above, retain_graph=True)
+        graphed = torch.autograd.grad(value, sources, above, create_graph=True)
+        same(graphed, plain)
+        same(torch.func.vjp(loss, *sources)[1](above), plain)
+        assert graphed[0].stride() == plain[0].stride() == sources[0].stride()
+        assert not any(gradient[excluded].any() for gradient in plain)
+        second = torch.autograd.grad([g.square().sum() for g in graphed], sources)
+        found.append([value, *plain, *second])
+    same(*found)
