@@ -1,0 +1,94 @@
+"""The module is the function with its options kept; a transition point may be a tensor of its own.
+
+(Its pairs with PyTorch's module are in test_migration.py, hooks and copies in test_training.py.)
+"""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from tests import support
+from tests.support import DEVICE, REDUCTIONS, Loss, Shape, boxes, call, results
+
+pytestmark = support.on_both
+
+# (Options that go by the name of a variable have no types.)
+loss: Loss = smooth_l1_loss
+module: Callable[..., SmoothL1Loss] = SmoothL1Loss
+by_name = pytest.mark.parametrize("name", ["sigma", "beta"])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_module_is_the_function(reduction: str) -> None:
+    """Its call takes the normalizer; all other options it keeps."""
+    operands, options = call("float32 row mask, int64 normalizer", reduction=reduction)
+    expected = loss(*operands, **options)
+    normalizer = options.pop("normalizer")
+    criterion: Any = module(**options)
+    assert torch.equal(criterion(*operands, normalizer=normalizer), expected)
+
+
+@by_name
+def test_keeps_a_tensor(name: str) -> None:
+    """A buffer, which moves, is saved and loaded, and may be changed between steps."""
+    value, operands, file = torch.tensor([0.3, 0.5, 1, 2], device=DEVICE), boxes(6), io.BytesIO()
+    kept, other = (module(**{name: t.clone()}) for t in (value, torch.ones_like(value)))
+    assert dict(kept.named_buffers()).keys() == {name}
+    assert not list(kept.parameters())
+    assert repr(kept) == f"SmoothL1Loss({name}=tensor of shape (4,), reduction='mean')"
+    torch.save(kept.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    exportable = copy.deepcopy(kept)
+    exported = torch.export.export(exportable, tuple(t.detach() for t in operands)).module()
+    for one, factor in product((kept, other, exported), (1.0, 2.0)):
+        one.get_buffer(name).mul_(factor)
+        assert_close(one(*operands), loss(*operands, **{name: factor * value}))
+    assert kept.double().get_buffer(name).dtype == torch.float64
+    assert not module(**{name: nn.Buffer(value, persistent=False)}).state_dict()
+
+
+@by_name
+def test_trains_a_parameter(name: str) -> None:
+    """And a functional call puts another in its place."""
+    parameter, other = (nn.Parameter(torch.tensor(n, device=DEVICE)) for n in (0.5, 0.7))
+    criterion, operands = module(**{name: parameter}), boxes(6)
+    assert list(criterion.parameters()) == [parameter]
+    assert not list(criterion.buffers())
+    _, _, expected = results(loss, operands, **{name: parameter})
+    criterion(*operands).backward()
+    assert_close(parameter.grad, expected)
+    replaced = functional_call(criterion, {name: other}, tuple(operands))
+    assert_close(replaced, loss(*operands, **{name: other}))
+
+
+@pytest.mark.parametrize("shape", [(), (6, 1)], ids=str)
+def test_one_compilation_for_all_values(shape: Shape) -> None:
+    """As an argument and as a buffer, also of values that are not allowed."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    criterion = module(beta=torch.ones(shape, device=DEVICE), reduction="sum")
+
+    def step(*operands: Tensor, beta: Tensor) -> Tensor:
+        total = loss(*operands, beta=beta) + criterion(*operands[:3])
+        return total + loss(*operands[:2], sigma=beta + 0.5)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for value in (1.0, 0.5, 0.0, 3.0, -1.0, math.nan):
+        criterion.get_buffer("beta").fill_(value)
+        operands = boxes(6, (6, 1), (6, 4), grad=4)
+        beta = torch.full(shape, value, device=DEVICE, requires_grad=True)
+        pair = (results(function, operands, beta=beta) for function in (compiled, step))
+        assert_close(*pair, equal_nan=True)
+    assert counter.frame_count == 1
