@@ -5,14 +5,12 @@
 The calls are those whose machine code `python -m bench codegen` shows.
 """
 
-import os
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench.codegen.calls import calls
-from tests import conftest, support
+from tests import support
 from tests.support import CALLS, call, check, values
 
 # Memory that was never written must look so to the tool.
@@ -29,16 +27,3 @@ def test_every_kind_of_call(name: str, rows: int) -> None:
         upstreams.append(view(values(*operands[0].shape)))
     for upstream in upstreams:
         check(*operands, upstream=upstream, **options)
-
-
-@pytest.mark.parametrize("chosen", ["", "sanitize"])
-def test_each_tensor_is_an_allocation(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In PyTorch's large blocks the tool would see no access beyond a tensor's end."""
-    name = "PYTORCH_NO_CUDA_MEMORY_CACHING"
-    monkeypatch.setenv(name, "unset")
-    monkeypatch.delenv(name)
-    config: Any = SimpleNamespace(
-        getoption={"markexpr": chosen}.get, addinivalue_line=lambda *line: None
-    )
-    conftest.pytest_configure(config)
-    assert os.environ.get(name) == ("1" if chosen else None)
