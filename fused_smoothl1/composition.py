@@ -58,15 +58,19 @@ def backward(problem: Problem, upstream: Tensor, needs: Needs) -> Gradients:
         return gradient if selected is None else torch.where(selected, gradient, 0)
 
     scale = _quotient(upstream, problem) if problem.reduce else upstream
-    grad_losses = scale if outside is None else outside * scale
-    grad_x = torch.where(is_linear, sign, slope) * grad_losses
+
+    def weigh(derivative: Tensor) -> Tensor:
+        # (Not by a product of both: without elements, it would be left over, and may be inf.)
+        return (derivative if outside is None else derivative * outside) * scale
+
+    grad_x = weigh(torch.where(is_linear, sign, slope))
     gradient = select(grad_x if inside is None else grad_x * inside)
     gradients = (
         gradient.to(problem.input.dtype) if needs[0] else None,
         -gradient.to(problem.target.dtype) if needs[1] else None,
         select(difference * grad_x) if needs[2] else None,
         select(losses * scale) if needs[3] else None,
-        select(_of_beta(is_linear, slope) * grad_losses) if needs[4] else None,
+        select(weigh(_of_beta(is_linear, slope))) if needs[4] else None,
     )
     return sum_to_operands(problem, gradients)
 

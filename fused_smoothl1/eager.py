@@ -229,7 +229,8 @@ def _difference(problem: Problem) -> Tensor:
     if difference.dtype == problem.input.dtype:
         return torch.sub(problem.input, problem.target, out=difference)
     # Converted before the subtraction, which would round to the operands' dtype otherwise.
-    return difference.copy_(problem.input).sub_(problem.target)
+    # (A copy of float16 to float32 loses a pending negation in PyTorch 2.15 and older.)
+    return difference.copy_(problem.input.resolve_neg()).sub_(problem.target)
 
 
 def _parts(problem: Problem, terms: Terms) -> Iterator[Terms]:

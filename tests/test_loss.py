@@ -44,15 +44,14 @@ def test_last_elements(size: int, dtype: torch.dtype) -> None:
 def test_no_elements(reduction: Any) -> None:
     """They give 0, of which all derivatives are 0 too, where PyTorch's mean is NaN."""
     operands = boxes(0, (), (1, 4), grad=4)
-    if reduction == "sum":
-        for count in (0, 0.0):
-            normalizer = torch.tensor(count, device=DEVICE)
-            for given in (operands[:2], operands):
-                check(*given, reduction="sum", normalizer=normalizer)
-    loss = smooth_l1_loss(*operands, reduction=reduction)
-    first = torch.autograd.grad(loss.sum(), operands, create_graph=True)
-    second = torch.autograd.grad([gradient.sum() for gradient in first], operands)
-    assert not any(gradient.any() for gradient in second)
+    normalizer = torch.tensor(0, device=DEVICE) if reduction == "sum" else None
+    for given in (operands[:2], operands):
+        options: Any = {"reduction": reduction, "normalizer": normalizer}
+        check(*given, **options)
+        loss = smooth_l1_loss(*given, **options)
+        first = torch.autograd.grad(loss.sum(), given, create_graph=True)
+        second = torch.autograd.grad([gradient.sum() for gradient in first], given)
+        assert not any(gradient.any() for gradient in second)
 
 
 # The dtypes of input and target, what the sum is divided by, and the gradient that arrives.
