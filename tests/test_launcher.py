@@ -6,17 +6,18 @@ No GPU is needed for that, and most of it the interpreter, which has one device,
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 
 from fused_smoothl1 import smooth_l1_loss
 from fused_smoothl1.problem import NO_NEEDS, NoKernelError, Problem, make_problem
 from tests import support
-from tests.fake_gpu import MULTIPROCESSORS, FakeGpu, Launch, fake_gpu
 from tests.support import FLOATS, HAS_TRITON, boxes, values
 
 if HAS_TRITON:
@@ -28,33 +29,121 @@ pytestmark = support.needs_triton
 DOUBLE, FLOAT, HALF = torch.float64, torch.float32, torch.bfloat16
 INPUT = (True, False, False, False, False)
 SEVERAL = 100_000  # elements, of several programs
+MULTIPROCESSORS = 10
 MOST = 8 * MULTIPROCESSORS
 
 
+class Launch(NamedTuple):
+    """A launch that was asked for, on the device and the stream that were current."""
+
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    device: int
+    stream: int
+
+    @property
+    def workspace(self) -> tuple[int, int]:
+        """Which partial sums and which ticket it was given."""
+        return id(self.arguments["partials_ptr"]), id(self.arguments["ticket_ptr"])
+
+
+class FakeGpu(threading.local):
+    """GPUs that are not there, as PyTorch's module for them; what they launch is written down.
+
+    Each thread has a current device and stream of its own. A stream is a number, the same on all
+    devices.
+    """
+
+    current = stream = 0
+    capturing = False
+    warp_size = 32
+
+    def __init__(self, launches: list[Launch], entered: list[int], allocated: list[Any]) -> None:
+        self.launches = launches
+        self.entered = entered
+        """Devices that were made the current one."""
+        self.allocated = allocated
+        """Of each workspace, the thread and the stream on which it was allocated."""
+
+    def current_device(self) -> int:
+        return self.current
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        self.entered.append(device.index)
+        yield
+        self.current = before
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(stream_id=self.stream, device_index=device.index)
+
+    def set_stream(self, stream: Any) -> None:
+        self.stream = stream.stream_id
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        name = "max_compute_units" if device.type == "xpu" else "multi_processor_count"
+        return SimpleNamespace(**{name: MULTIPROCESSORS})
+
+    def get_current_target(self) -> Any:
+        """Return what Triton's driver does."""
+        return SimpleNamespace(warp_size=self.warp_size, backend="cuda")
+
+    def get_current_stream(self, device: int) -> int:
+        """Return what Triton's driver does."""
+        return self.stream
+
+    def launch(self, code: Any, programs: int, stream: int, *arguments: Any) -> None:
+        """Stand in for the launch of a kernel."""
+        tensors, _, others = arguments
+        named = dict(zip(code.kernel.arg_names, (*code.grouped(tensors), *others), strict=True))
+        self.launches.append(Launch(programs, named, code.options, self.current, stream))
+
+
 @pytest.fixture
-def gpu() -> Iterator[FakeGpu]:
-    with fake_gpu() as gpu:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Let the launcher see as many GPUs as it asks for, and make all new tensors fake ones."""
+    gpu, mode = FakeGpu([], [], []), fake_tensor.FakeTensorMode()
+    new_workspace = launch._new_workspace
+
+    def new_fake_workspace(device: torch.device, programs: int) -> Any:
+        gpu.allocated.append((threading.get_ident(), gpu.stream))
+        with mode:  # Also in the thread that has been started for it.
+            return new_workspace(device, programs)
+
+    def forget() -> None:
+        for function in (launcher.gpu_of, launch._scalar, launch._kept_workspace):
+            function.cache_clear()
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: gpu)
+    # On a machine with a GPU, fake tensors start the device up that they are said to be on.
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
+    monkeypatch.setattr(fake_tensor.FakeTensor, "data_ptr", lambda self: 4096, raising=False)
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=gpu)))
+    monkeypatch.setattr(launcher, "triton", triton)
+    monkeypatch.setattr(
+        launcher, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    )
+    monkeypatch.setattr(launch, "_new_workspace", new_fake_workspace)
+    monkeypatch.setattr(launcher.Code, "launch", lambda *arguments: gpu.launch(*arguments))
+    forget()
+    with mode:
         yield gpu
+    forget()
 
 
 def _pair(
-    numel: int = SEVERAL, dtypes: Sequence[torch.dtype] = (FLOAT, FLOAT), device: str = "cuda:0"
-) -> list[Tensor]:
-    return [torch.empty(numel, dtype=dtype, device=device) for dtype in dtypes]
+    numel: int = SEVERAL, dtypes: Sequence[Any] = (FLOAT, FLOAT), device: str = "cuda:0"
+) -> list[Any]:
+    return [dtype and torch.empty(numel, dtype=dtype, device=device) for dtype in dtypes]
 
 
 def _problem(pair: Sequence[Tensor], reduce: bool = True) -> Problem:
     return make_problem(pair[0], pair[1], divisor_number=3.0, beta_number=0.5, reduce=reduce)
-
-
-def _scaled(gpu: FakeGpu, gradients: Sequence[Any], upstream: torch.dtype) -> list[Launch]:
-    """Return the launches of a product in place with an upstream gradient."""
-    gpu.launches.clear()
-    padded = (*gradients, *[None] * (5 - len(gradients)))
-    above = torch.empty((), dtype=upstream, device=gradients[-1].device)
-    found = launch.scale(padded, above, has_masks=False)
-    assert [*map(id, found or ())] == [*map(id, padded)]
-    return gpu.launches
 
 
 def loss(gpu: FakeGpu, *size: Any, may_be_replayed: bool = False, **options: Any) -> Launch:
@@ -65,7 +154,10 @@ def loss(gpu: FakeGpu, *size: Any, may_be_replayed: bool = False, **options: Any
 
 def product(gpu: FakeGpu, *size: Any, **options: Any) -> Launch:
     """Return the launch that multiplies two gradients."""
-    return _scaled(gpu, _pair(*size, **options), FLOAT)[0]
+    gradients = _pair(*size, **options)
+    above = torch.empty((), device=gradients[0].device)
+    launch.scale((*gradients, None, None, None), above, has_masks=False)
+    return gpu.launches[-1]
 
 
 on_each = pytest.mark.parametrize("ask", [loss, product])
@@ -84,7 +176,11 @@ def test_device_of_the_operands(ask: Ask, gpu: FakeGpu) -> None:
 
 
 def test_workspace_of_a_stream(gpu: FakeGpu) -> None:
-    """Launches on one stream follow each other, and share one that has room for all; no others."""
+    """Launches on one stream follow each other, and share one that has room for all; no others.
+
+    Another thread allocates it, on that stream: the caller's own may be allocating from the memory
+    of a graph.
+    """
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for numel in (2048, 2**31 + 5):
         for place in [("cuda:0", 0), ("cuda:0", 7), ("cuda:1", 0), ("cuda:1", 7)]:
@@ -97,6 +193,9 @@ def test_workspace_of_a_stream(gpu: FakeGpu) -> None:
             assert (partials.dtype, ticket.dtype) == (torch.float64, torch.int32)
             assert (partials.shape, ticket.shape) == ((MOST,), (1,))
     assert len({part for workspace in found.values() for part in workspace}) == 8
+    threads, streams = zip(*gpu.allocated, strict=True)
+    assert threading.get_ident() not in threads
+    assert streams == (0, 7, 0, 7)
 
 
 def test_streams_come_and_go(gpu: FakeGpu) -> None:
@@ -122,47 +221,6 @@ def test_workspace_in_a_graph(captured: bool, gpu: FakeGpu) -> None:
     assert loss(gpu).workspace == before.workspace
 
 
-def test_device_that_captures_nothing(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not every kind of device has graphs."""
-    monkeypatch.delattr(FakeGpu, "is_current_stream_capturing")
-    assert loss(gpu).workspace == loss(gpu).workspace
-
-
-def test_another_thread_allocates(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the caller's stream; whose own thread may be allocating from the memory of a graph."""
-    new_workspace, allocations = launch._new_workspace, []
-
-    def allocate(*arguments: Any) -> Any:
-        allocations.append((threading.get_ident(), gpu.stream))
-        return new_workspace(*arguments)
-
-    monkeypatch.setattr(launch, "_new_workspace", allocate)
-    gpu.stream = 7
-    for _ in range(2):
-        loss(gpu)
-    ((thread, stream),) = allocations
-    assert thread != threading.get_ident()
-    assert stream == 7
-
-
-def test_one_thread_compiles_at_a_time() -> None:
-    meeting = threading.Barrier(2)
-
-    def warmup(**_: Any) -> None:
-        meeting.wait(timeout=0.5)
-
-    def load() -> str:
-        kernel: Any = SimpleNamespace(warmup=warmup)
-        code = launcher.Code(launcher.gpu_of(torch.device("cpu")), kernel, tuple, 4)
-        with pytest.raises(NoKernelError) as caught:
-            code._load(())
-        return str(caught.value)
-
-    with ThreadPoolExecutor() as pool:
-        told = [pool.submit(load) for _ in range(2)]
-    assert all("BrokenBarrierError" in one.result() for one in told), "two of them met"
-
-
 def test_no_workspace(gpu: FakeGpu) -> None:
     """Where there is nothing to add up: one program, one loss an element, gradients alone."""
     loss(gpu, 1024)
@@ -170,54 +228,52 @@ def test_no_workspace(gpu: FakeGpu) -> None:
     several, upstream = _problem(_pair()), torch.empty((), device="cuda:0")
     launch.recompute(several, launch.backward(several, upstream, INPUT), upstream, INPUT)
     assert [asked.workspace for asked in gpu.launches] == [(id(None), id(None))] * 4
-    assert not launch._kept_workspace.cache_info().currsize
+    assert not gpu.allocated
+
+
+def test_intel_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has another word for a multiprocessor, and not in every version graphs."""
+    monkeypatch.delattr(FakeGpu, "is_current_stream_capturing")
+    assert loss(gpu, 2**31, device="xpu:0").programs == MOST
 
 
 @on_each
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_grid(dtype: torch.dtype, ask: Ask, gpu: FakeGpu) -> None:
-    """A program for each tile, until they fill the GPU; 64 bits if the last tile's end needs it."""
-    tile = min(4096 // dtype.itemsize, 1024 if ask is loss else 4096)
-    for numel, programs in [(1, 1), (tile, 1), (tile + 1, 2), (MOST * tile, MOST), (2**31, MOST)]:
-        asked = ask(gpu, numel, (dtype, dtype))
-        arguments = asked.arguments
-        assert (asked.programs, arguments["numel"], arguments["BLOCK"]) == (programs, numel, tile)
-    for numel, index in [(2**31 - 1 - tile, "int32"), (2**31 - tile, "int64"), (2**31, "int64")]:
-        assert str(ask(gpu, numel, (dtype, dtype)).arguments["INDEX"]) == index
-
-
 @pytest.mark.parametrize("narrow", FLOATS, ids=str)
-def test_narrowest_decides(narrow: torch.dtype, gpu: FakeGpu) -> None:
-    """Of dense operands, and of gradients: it is accessed as wide as the others."""
-    for dtypes in [(DOUBLE, narrow), (narrow, DOUBLE)]:
-        assert loss(gpu, SEVERAL, dtypes).arguments["LANES"] == 16 // narrow.itemsize
-        assert product(gpu, SEVERAL, dtypes).arguments["BLOCK"] == 4096 // narrow.itemsize
+def test_grid(narrow: torch.dtype, ask: Ask, gpu: FakeGpu) -> None:
+    """A program for each tile, until they fill the GPU; 64 bits if the last tile's end needs it.
 
-
-@pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])
-def test_size_of_a_gpu(device: str, gpu: FakeGpu) -> None:
-    """What a multiprocessor is called differs from vendor to vendor."""
-    assert launcher.gpu_of(torch.device(device)).multiprocessors == MULTIPROCESSORS
+    The narrowest type decides how large a tile is: it is accessed as wide as the others.
+    """
+    tile = min(4096 // narrow.itemsize, 1024 if ask is loss else 4096)
+    for dtypes in [(narrow, narrow), (DOUBLE, narrow), (narrow, DOUBLE)]:
+        for numel, programs in [(1, 1), (tile, 1), (tile + 1, 2), (MOST * tile, MOST)]:
+            asked = ask(gpu, numel, dtypes)
+            found = asked.programs, asked.arguments["numel"], asked.arguments["BLOCK"]
+            assert found == (programs, numel, tile)
+            assert ask is product or asked.arguments["LANES"] == 16 // narrow.itemsize
+        for numel, index in [(2**31 - 1 - tile, "int32"), (2**31 - tile, "int64")]:
+            asked = ask(gpu, numel, dtypes)
+            assert (asked.programs, str(asked.arguments["INDEX"])) == (MOST, index)
 
 
 @on_each
 @pytest.mark.parametrize(("warp_size", "warps"), [(32, 4), (64, 2)])
-def test_128_threads(warp_size: int, warps: int, ask: Ask) -> None:
-    with fake_gpu(warp_size) as gpu:
-        # (Fused multiply-add gains nothing: bench/RESULTS.md. Triton's default for it changes.)
-        assert ask(gpu).options == {"num_warps": warps, "enable_fp_fusion": False}
+def test_128_threads(warp_size: int, warps: int, ask: Ask, gpu: FakeGpu) -> None:
+    gpu.warp_size = warp_size
+    # (Fused multiply-add gains nothing: bench/RESULTS.md. Triton's default for it changes.)
+    assert ask(gpu).options == {"num_warps": warps, "enable_fp_fusion": False}
 
 
 @pytest.mark.parametrize(
     ("dtypes", "numel", "upstream", "is_kernel"),
     [
-        ([FLOAT], 2**20 - 1, FLOAT, False),
-        ([FLOAT], 2**20, FLOAT, True),
-        ([DOUBLE], 4, DOUBLE, False),
+        ([FLOAT, None], 2**20 - 1, FLOAT, False),
+        ([FLOAT, None], 2**20, FLOAT, True),
+        ([DOUBLE, None], 4, DOUBLE, False),
         ([FLOAT, FLOAT], 4, FLOAT, True),
         ([None, HALF], 4, FLOAT, True),
-        ([HALF], 4, FLOAT, True),
-        ([FLOAT], 4, DOUBLE, True),
+        ([HALF, None], 4, FLOAT, True),
+        ([FLOAT, None], 4, DOUBLE, True),
     ],
     ids=str,
 )
@@ -225,12 +281,28 @@ def test_product_by_pytorch_or_by_a_kernel(
     dtypes: list[Any], numel: int, upstream: torch.dtype, is_kernel: bool, gpu: FakeGpu
 ) -> None:
     """PyTorch's is quicker on the host where it is small, and alone if the dtypes are the same."""
-    gradients = [one and torch.empty(numel, device="cuda:0", dtype=one) for one in dtypes]
-    launches = _scaled(gpu, gradients, upstream)
-    assert [len(launches), gradients[-1]._version] == ([1, 0] if is_kernel else [0, 1])
-    for asked in launches:
+    gradients: Any = (*_pair(numel, dtypes), None, None, None)
+    above = torch.empty((), dtype=upstream, device="cuda:0")
+    found: Any = launch.scale(gradients, above, has_masks=False)
+    assert found is gradients
+    versions = {gradient._version for gradient in gradients if gradient is not None}
+    assert [len(gpu.launches), versions] == ([1, {0}] if is_kernel else [0, {1}])
+    for asked in gpu.launches:
         assert asked.arguments["COMPUTE"] == launch.TRITON_DTYPES[upstream]
-        assert asked.arguments["gradients"] == (*gradients, None)[:2]
+        assert asked.arguments["gradients"] == gradients[:2]
+
+
+def test_one_thread_compiles_at_a_time() -> None:
+    meeting = threading.Barrier(2)
+    kernel: Any = SimpleNamespace(warmup=lambda **_: meeting.wait(timeout=0.5))
+
+    def load(_: int) -> None:
+        code = launcher.Code(launcher.gpu_of(torch.device("cpu")), kernel, tuple, 4)
+        with pytest.raises(NoKernelError, match="BrokenBarrierError"):  # None came to meet it.
+            code._load(())
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(load, range(2)))
 
 
 @support.needs_no_gpu
