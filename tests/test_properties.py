@@ -47,13 +47,14 @@ def patterns(draw: st.DrawFn, shape: Shape) -> Shape:
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: Shape, dtypes: Any, special: bool = False) -> Tensor:
-    """Return values, laid out with the dimensions in any order, with steps, and from any offset."""
+    """Return values in memory: with dimensions in any order, steps, gaps, and from any offset."""
     dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**16))
     axes, offset = range(len(shape)), draw(st.integers(0, 2))
     order = draw(st.permutations(axes)) if draw(st.booleans()) else list(axes)
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in axes]
     is_expanded = [draw(st.integers(0, 7)) == 0 for _ in axes]
-    stored = [1 if is_expanded[d] else shape[d] * steps[d] for d in order]
+    gaps = [draw(st.sampled_from([0, 0, 0, 1, 4])) for _ in axes]
+    stored = [1 if is_expanded[d] else shape[d] * steps[d] + gaps[d] for d in order]
     flat = values(offset + math.prod(stored), scale=0.8, seed=seed)
     if not dtype.is_floating_point:
         flat = (2 * flat).round().abs()
@@ -63,7 +64,8 @@ def tensors(draw: st.DrawFn, shape: Shape, dtypes: Any, special: bool = False) -
         for place, value in enumerate(SPECIAL):
             flat[places == place] = value
     view = flat.to(dtype)[offset:].view(stored).permute([order.index(d) for d in axes])
-    view = view[tuple(slice(None, None, step) for step in steps)].expand(shape)
+    seen = [slice(0, n * step, step) for n, step in zip(shape, steps, strict=True)]
+    view = view[tuple(seen)].expand(shape)
     if dtype.is_floating_point and draw(st.integers(0, 7)) == 0:
         # As is the imaginary part of a conjugate: memory holds the negatives of its values.
         view = torch._neg_view(-view)

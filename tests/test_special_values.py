@@ -87,14 +87,30 @@ NUMBERS += [("sigma", sigma) for sigma in (0.5, 3.0, INF, 1e12, 1e30, 1e200, 1e-
 
 
 @pytest.mark.parametrize(("name", "number"), NUMBERS)
-def test_numbers_and_tensors(name: str, number: float) -> None:
-    """1 / sigma² may leave the range of any float; a sigma that is 0 in float32 is not allowed."""
+def test_numbers_and_tensors(name: str, number: float, backend: str) -> None:
+    """1 / sigma² may leave the range of any float; a sigma that is 0 in float32 is not allowed.
+
+    In the kernel one beta for all gives the bits of a number.
+    """
     operands = boxes(6, (6, 1), (6, 4), grad=4, scale=0.3)
     operands[0].data[1:3] = operands[1].data[1:3]
     for value in (number, full(number), full(number, 1, 4), full(number, 6, 4)):
         option: dict[str, Any] = {name: value}
         for reduction in ("none", "mean"):
             check(*operands, **option, reduction=reduction, upstream=1.5)
+    if (name, backend) == ("beta", "triton"):
+        one, other = (results(smooth_l1_loss, operands, beta=n) for n in (number, full(number)))
+        support.assert_equal(one, other[:-1])
+
+
+@pytest.mark.parametrize("dtype", support.FLOATS[2:], ids=str)
+def test_float64_is_rounded_to_16_bits_by_float32(dtype: torch.dtype) -> None:
+    """As PyTorch rounds it: what is hardly above the middle of two numbers goes to the even one."""
+    above = 1 + torch.finfo(dtype).eps / 2 + 2.0**-40
+    weight = torch.tensor([above], dtype=torch.float64, device=DEVICE)
+    input = torch.full((1,), 9.0, dtype=dtype, device=DEVICE, requires_grad=True)
+    _, gradient = results(smooth_l1_loss, [input, torch.zeros_like(input), None, weight])
+    assert gradient == weight.to(dtype)
 
 
 def with_graph(loss: Loss, value: Tensor) -> list[Tensor]:
