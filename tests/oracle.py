@@ -27,7 +27,7 @@ class Reference:
     beta: Array | None
 
 
-def _float64(value: Any) -> Array:
+def as_float64(value: Any) -> Array:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().to(torch.float64).resolve_neg().numpy()
     return np.asarray(value, dtype=np.float64)
@@ -37,7 +37,7 @@ def _weights(weights: Any, shape: tuple[int, ...]) -> tuple[Array, npt.NDArray[n
     """Return the factor and the selection of one weight, both of the full shape."""
     if weights is None:
         return np.ones(shape), np.ones(shape, dtype=bool)
-    values = np.broadcast_to(_float64(weights), shape)
+    values = np.broadcast_to(as_float64(weights), shape)
     if isinstance(weights, torch.Tensor) and weights.dtype in (torch.bool, torch.uint8):
         return np.ones(shape), values != 0
     return values, np.ones(shape, dtype=bool)
@@ -50,16 +50,16 @@ def _transition(sigma: Any, beta: Any, shape: tuple[int, ...]) -> tuple[Array, A
     """
     with np.errstate(all="ignore"):
         if sigma is not None:
-            of_sigma = _float64(sigma)
+            of_sigma = as_float64(sigma)
             values = np.where(of_sigma > 0, 1 / of_sigma**2, np.nan)
             slope = np.where(of_sigma > 0, -2 / of_sigma**3, np.nan)
         else:
-            values, slope = _float64(1.0 if beta is None else beta), np.zeros(())
+            values, slope = as_float64(1.0 if beta is None else beta), np.zeros(())
             values = np.where((values >= 0) & (values < np.inf), values, np.nan)
     return np.broadcast_to(values, shape), np.broadcast_to(slope, shape)
 
 
-def _sum_to_shape(gradient: Array, operand: Any) -> Array | None:
+def sum_to_shape(gradient: Array, operand: Any) -> Array | None:
     if not isinstance(operand, torch.Tensor) or not operand.is_floating_point():
         return None
     shape = tuple(operand.shape)
@@ -96,10 +96,10 @@ def smooth_l1(
     elif reduction == "batchmean":
         divisor = float(shape[0]) if shape else 1.0
     elif normalizer is not None:
-        divisor = float(_float64(normalizer))
+        divisor = float(as_float64(normalizer))
 
     with np.errstate(all="ignore"):
-        difference = _float64(input) - _float64(target)
+        difference = as_float64(input) - as_float64(target)
         x = inside * difference
         size = np.abs(x)
         quadratic = size < transition
@@ -109,7 +109,7 @@ def smooth_l1(
         for values in (slope, of_beta):
             values[np.isnan(x) | np.isnan(transition)] = np.nan
 
-        factor = np.broadcast_to(_float64(upstream), shape) / divisor
+        factor = np.broadcast_to(as_float64(upstream), shape) / divisor
 
         def kept(values: Array) -> Array:
             return np.where(selected, values, 0.0)
@@ -123,8 +123,8 @@ def smooth_l1(
             loss=np.asarray(loss),
             input=grad_input,
             target=-grad_input,
-            inside_weights=_sum_to_shape(kept(grad_x * difference), inside_weights),
-            outside_weights=_sum_to_shape(kept(factor * f), outside_weights),
-            sigma=_sum_to_shape(kept(grad_beta * of_sigma), sigma),
-            beta=_sum_to_shape(kept(grad_beta), beta),
+            inside_weights=sum_to_shape(kept(grad_x * difference), inside_weights),
+            outside_weights=sum_to_shape(kept(factor * f), outside_weights),
+            sigma=sum_to_shape(kept(grad_beta * of_sigma), sigma),
+            beta=sum_to_shape(kept(grad_beta), beta),
         )

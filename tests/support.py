@@ -234,10 +234,6 @@ def loss_dtype(reduction: str, *operands: Any) -> torch.dtype:
     return reduce(torch.promote_types, floating)
 
 
-def as_float64(value: Tensor) -> npt.NDArray[np.float64]:
-    return value.detach().cpu().to(torch.float64).numpy()
-
-
 def assert_near(
     what: str,
     actual: Tensor,
@@ -253,9 +249,13 @@ def assert_near(
     `magnitude` is the sum of the absolute values of the terms where `expected` is a sum.
     """
     assert tuple(actual.shape) == expected.shape, f"{what}: shape {tuple(actual.shape)}"
-    stored, inside, got = torch.finfo(actual.dtype), torch.finfo(computed_in), as_float64(actual)
+    stored, inside, got = (
+        torch.finfo(actual.dtype),
+        torch.finfo(computed_in),
+        oracle.as_float64(actual),
+    )
     with np.errstate(all="ignore"):
-        rounded = as_float64(torch.from_numpy(np.array(expected)).to(actual.dtype))
+        rounded = oracle.as_float64(torch.from_numpy(np.array(expected)).to(actual.dtype))
         special = ~np.isfinite(rounded)
         np.testing.assert_array_equal(got[special], rounded[special], err_msg=what)
         size = np.abs(expected) if magnitude is None else np.maximum(magnitude, np.abs(expected))
@@ -290,7 +290,7 @@ def _magnitude(name: str, operands: dict[str, Any], **kwargs: Any) -> Any:
     wide = {**operands, name: operand.detach().expand(operands["input"].shape)}
     terms = getattr(oracle.smooth_l1(**wide, **kwargs), name)
     with np.errstate(all="ignore"):
-        sums = oracle._sum_to_shape(np.abs(terms), operand)
+        sums = oracle.sum_to_shape(np.abs(terms), operand)
     return sums, max(terms.size // max(operand.numel(), 1), 1)
 
 
@@ -368,14 +368,3 @@ def check(
         assert tensor._version == version, "an operand was written to"
         assert_equal(tensor.detach(), value)
     return {"loss": loss.detach(), **gradients}
-
-
-def gradient_unless_modified(loss: Tensor, operand: Tensor) -> Tensor | None:
-    """Return the gradient, or None if autograd refuses because an operand was modified."""
-    try:
-        (gradient,) = torch.autograd.grad(loss, operand, torch.ones_like(loss))
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        return None
-    return gradient

@@ -23,7 +23,7 @@ from bench.traffic import Traffic, elements
 from bench.workloads import Spec, build, rotation
 from fused_smoothl1 import smooth_l1_loss
 from tests import oracle, support
-from tests.support import DEVICE, FLOATS, HAS_GPU, as_float64
+from tests.support import DEVICE, FLOATS, HAS_GPU
 
 NUMEL = 2**17  # whole hidden states for `drafter`, and more than a tile of any type
 UNWEIGHTED = ("no_weights", "none", "kernelbench")
@@ -55,7 +55,7 @@ def test_every_rival_is_right(
         truth = check.expected(own)
         for found, right in zip(truth, (answer.loss, answer.input), strict=True):
             if found is not None:
-                np.testing.assert_allclose(as_float64(found), right, rtol=1e-12, atol=1e-15)
+                np.testing.assert_allclose(oracle.as_float64(found), right, rtol=1e-12, atol=1e-15)
     assert (truth.gradient is not None) == own.backward
     copies = rotation(own, cache_bytes=own.needed_bytes, most=9)  # twice the cache in all
     addresses = {tensor.data_ptr() for copy in copies for tensor in copy._tensors().values()}
