@@ -119,9 +119,8 @@ check() {
   # What takes longest and what has never run without a GPU come first. Types, machine code, faults
   # of Triton's, several processes and the documents need no GPU.
   local files=(
-    tests/test_special_values.py tests/test_properties.py tests/test_first_launch.py
-    tests/test_streams_and_graphs.py tests/test_determinism.py tests/test_loss.py
-    tests/test_bench.py tests/test_export.py
+    tests/test_special_values.py tests/test_properties.py tests/test_concurrency.py
+    tests/test_determinism.py tests/test_loss.py tests/test_bench.py tests/test_export.py
   )
   local spared="typing codegen toolchain distributed processes documents" file
   for file in tests/test_*.py; do

@@ -1,4 +1,4 @@
-"""On a GPU: graphs, streams, devices and host threads at once, and always the same bits.
+"""On a GPU: graphs, streams and host threads at once, with the same bits; and a first launch there.
 
 A launch adds up partial sums with the help of a ticket. Launches that share one while they run
 together would hang, or add up what is not theirs; so would a graph that was captured with a ticket
@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,26 +19,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.functional import Reduction
 from tests import support
-from tests.support import (
-    CALLS,
-    DEVICE,
-    REDUCTIONS,
-    assert_equal,
-    boxes,
-    call,
-    coin,
-    results,
-    values,
-)
+from tests.composed import composed
+from tests.support import CALLS, DEVICE, FLOATS, assert_equal, boxes, call, results
 
 pytestmark = [support.needs_gpu, support.on_both]
 
-ROWS = 100_003
-
 Run = Callable[[], list[Any]]
-_run = partial(results, smooth_l1_loss, upstream=1.5, sigma=2.0)
+Context = Callable[[list[Run]], Iterator[list[Any]]]
+OPTIONS: dict[str, Any] = {"upstream": 1.5, "sigma": 2.0, "reduction": "sum"}
+_run: Callable[[list[Any]], list[Tensor]] = partial(results, smooth_l1_loss, **OPTIONS)
+_compose: Callable[[list[Any]], list[Tensor]] = partial(results, composed, **OPTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +37,6 @@ def _finished() -> Iterator[None]:
     """Leave no work behind for the next test, nor an error that only a synchronisation shows."""
     yield
     torch.cuda.synchronize()
-
-
-def _operands(rows: int = ROWS) -> list[Any]:
-    return boxes(rows, coin(rows, 1), (4,))
 
 
 def _capture(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
@@ -90,31 +79,15 @@ def in_threads(runs: list[Run]) -> Iterator[list[Any]]:
     yield from map(list, zip(*found, strict=True))
 
 
-def in_graphs(runs: list[Run], own_streams: bool = False) -> Iterator[list[Any]]:
-    """Replay a graph of each, more than once in a row and over spoilt results, by eager calls."""
-    graphs, found = zip(*map(_capture, runs), strict=True)
-    main = torch.cuda.current_stream()
-    streams = [torch.cuda.Stream() if own_streams else main for _ in runs]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        eager = []
-        for run, graph, spoilt, stream in zip(runs, graphs, found, streams, strict=True):
-            with torch.cuda.stream(stream):
-                for one in spoilt:
-                    one.fill_(torch.nan)
-                for _ in range(3):
-                    graph.replay()
-            eager.append(run())
-        yield [*eager, *found]
+def in_graphs(runs: list[Run]) -> Iterator[list[Any]]:
+    """Replay two graphs at once, more than once in a row and over spoilt results, by eager calls.
 
-
-def in_branches(runs: list[Run]) -> Iterator[list[Any]]:
-    """Replay one graph of all, which may run some at the same time, and runs others in a row."""
+    Each holds all runs, in branches: it may run some at the same time, and runs others in a row.
+    """
     branches = [torch.cuda.Stream() for _ in range(3)]
 
     def branched() -> list[Any]:
-        main = torch.cuda.current_stream()
-        found = []
+        main, found = torch.cuda.current_stream(), []
         for branch in branches:
             branch.wait_stream(main)
         for i, run in enumerate(runs):
@@ -124,152 +97,171 @@ def in_branches(runs: list[Run]) -> Iterator[list[Any]]:
             main.wait_stream(branch)
         return found
 
-    graph, found = _capture(branched)
-    for _ in range(50):
-        graph.replay()
-    yield found
+    graphs = [(torch.cuda.Stream(), *_capture(branched)) for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, graph, replayed in graphs:
+            with torch.cuda.stream(stream):
+                for spoilt in chain.from_iterable(replayed):
+                    spoilt.fill_(torch.nan)
+                for _ in range(3):
+                    graph.replay()
+            found += [*(run() for run in runs), *replayed]
+        yield found
 
 
-CONTEXTS: dict[str, Callable[[list[Run]], Iterator[list[Any]]]] = {
-    "streams": on_streams,
-    "threads": in_threads,
-    "graphs, one stream": in_graphs,
-    "graphs": partial(in_graphs, own_streams=True),
-    "branches of a graph": in_branches,
-}
-
-
-def _check(context: str, runs: list[Run]) -> None:
+def _check(context: Context, runs: list[Run]) -> None:
     expected = [run() for run in runs]
     torch.cuda.synchronize()
-    for found in CONTEXTS[context](runs):
+    for found in context(runs):
         torch.cuda.synchronize()
         assert_equal(found, len(found) // len(runs) * expected)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_at_once(context: str) -> None:
-    """Calls of several sizes."""
-    _check(context, [partial(_run, _operands(50_000 + 17_001 * i)) for i in range(6)])
+@pytest.mark.smoke
+@pytest.mark.parametrize("context", [on_streams, in_threads, in_graphs])
+def test_at_once(context: Context) -> None:
+    """Calls of several sizes and types: in float64 any other order of a sum gives other bits."""
+    rows = [50_000 + 17_001 * i for i in range(6)]
+    cases = [boxes(n, support.coin(n, 1), (4,), dtype=FLOATS[i % 4]) for i, n in enumerate(rows)]
+    _check(context, [partial(_run, operands) for operands in cases])
 
 
 @support.on_kernel
 @pytest.mark.parametrize("rows", [33, 200_003], ids=["one_block", "many"])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_kind_of_call(name: str, rows: int) -> None:
-    operands, options = call(name, rows)
+    """And a graph computes with new values: nothing of them was read when it was made."""
+    (operands, options), *others = [call(name, rows) for _ in range(3)]
     run = partial(results, smooth_l1_loss, operands, 1.5, **options)
-    for context in ("streams", "graphs, one stream"):
+    for context in (on_streams, in_graphs):
         _check(context, [run])
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_graph_with_new_values(reduction: Reduction) -> None:
-    """Of operands and normalizer: nothing of them was read when the graph was made."""
-
-    def run(operands: list[Any], number: Tensor) -> list[Tensor]:
-        normalizer = number if reduction == "sum" else None
-        return _run(operands, reduction=reduction, normalizer=normalizer)
-
-    static, *others = [(_operands(), torch.tensor(0.5 + i, device=DEVICE)) for i in range(4)]
-    graph, found = _capture(partial(run, *static))
-    for operands, number in others:
+    graph, found = _capture(run)
+    for new, new_options in others:
+        sources = [*new, *new_options.values()]
         with torch.no_grad():
-            for one, source in zip([*static[0], static[1]], [*operands, number], strict=True):
-                one.copy_(source)
+            for one, source in zip([*operands, *options.values()], sources, strict=True):
+                if isinstance(one, Tensor):
+                    one.copy_(source)
         graph.replay()
         torch.cuda.synchronize()
-        assert_equal(found, run(operands, number))
-
-
-@support.on_kernel
-def test_graph_of_a_training_step() -> None:
-    """Forward, backward and optimiser in one graph learn as they do in eager PyTorch."""
-    features, target = values(4096, 8), values(4096, 4)
-    weights = [values(8, 4, seed=1, grad=True) for _ in range(2)]
-    one, other = (torch.optim.Adam([own], lr=0.01, capturable=True) for own in weights)
-
-    def step(weight: Tensor, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        optimizer.zero_grad(set_to_none=False)
-        loss = smooth_l1_loss(features @ weight, target, sigma=3.0)
-        loss.backward()
-        optimizer.step()
-        return [loss.detach()]
-
-    graph, found = _capture(partial(step, weights[0], one))
-    for _ in range(10):
-        graph.replay()
-    # Capturing runs nothing; warming up ran two steps.
-    expected = [step(weights[1], other) for _ in range(12)][-1]
-    torch.cuda.synchronize()
-    assert_close([*found, weights[0]], [*expected, weights[1]])
+        assert_equal(found, run())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for a machine with two GPUs")
 def test_several_devices() -> None:
     """The operands decide, whichever device is the current one."""
-    names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    first = _operands()
-    cases = [[t.detach().to(name).requires_grad_(t.requires_grad) for t in first] for name in names]
+    names, first = [f"cuda:{i}" for i in range(torch.cuda.device_count())], boxes(100_003, grad=0)
+    cases = [[operand.to(name, copy=True).requires_grad_() for operand in first] for name in names]
     found = [[one.cpu() for one in _run(case)] for case in 20 * cases]
     assert torch.cuda.current_device() == 0
     assert_close(found, len(found) * found[:1])
 
 
-@support.on_kernel
-def test_compiled_with_graphs() -> None:
-    """torch.compile's own CUDA graphs, around the registered operator.
-
-    No call before has reserved a workspace that it could use: it must not keep one in the graphs'
-    memory.
-    """
-    from fused_smoothl1 import launch
-
-    torch._dynamo.reset()
-    compiled = torch.compile(smooth_l1_loss, fullgraph=True, mode="reduce-overhead")
-    for _ in range(4):
-        operands = _operands()
-        launch._kept_workspace.cache_clear()
-        torch.compiler.cudagraph_mark_step_begin()
-        found = results(compiled, operands, upstream=1.5, sigma=2.0)
-        assert not launch._kept_workspace.cache_info().currsize
-        assert_close(found, _run(operands))
-    torch._dynamo.reset()
+@torch.library.custom_op("fused_smoothl1_tests::half_the_loss", mutates_args=())
+def _half_the_loss(input: Tensor, target: Tensor) -> Tensor:
+    return smooth_l1_loss(input, target, None, 0.5, sigma=2.0, reduction="sum")
 
 
-@torch.library.custom_op("fused_smoothl1_tests::loss_and_gradient", mutates_args=())
-def _loss_and_gradient(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """A user's operator, opaque to the compiler, that calls the library."""
-    with torch.enable_grad():
-        loss, gradient = _run([input.detach().requires_grad_(), target], reduction="sum")
-    return loss, gradient
+@_half_the_loss.register_fake
+def _(input: Tensor, target: Tensor) -> Tensor:
+    return input.new_empty(())
 
 
-@_loss_and_gradient.register_fake
-def _(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return input.new_empty(()), torch.empty_like(input)
+def _through_an_operator(*pair: Tensor, **_: Any) -> Any:
+    return 2 * _half_the_loss(*pair)
 
 
 @support.on_kernel
-def test_users_operator_compiled_with_graphs() -> None:
-    """The library is not seen there, and what it keeps must not lie in the graphs' memory.
+@pytest.mark.parametrize("is_seen", [True, False], ids=["seen", "in an operator of a user's"])
+def test_compiled_with_graphs(is_seen: bool) -> None:
+    """What the library keeps must not lie in the memory of torch.compile's own CUDA graphs.
 
-    Its first launch on the stream where torch.compile warms the graphs up reserves a workspace.
+    Where the compiler sees the loss, no workspace is kept. Where it does not, the first launch on
+    the stream on which it warms the graphs up reserves one.
     """
     from fused_smoothl1 import launch
-
-    def step(input: Tensor, target: Tensor) -> list[Tensor]:
-        loss, gradient = _loss_and_gradient(input, target)
-        return [loss * 2, gradient + 1]
 
     torch._dynamo.reset()
     launch._kept_workspace.cache_clear()
-    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    loss = smooth_l1_loss if is_seen else _through_an_operator
+    compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
-        operands = boxes(ROWS, grad=0)
+        pair = boxes(100_003, grad=int(is_seen))
         torch.compiler.cudagraph_mark_step_begin()
-        found = [tensor.clone() for tensor in compiled(*operands)]
-        assert_close(found, step(*operands))
-    kept = launch._kept_workspace.cache_info().currsize
-    assert kept > 1, "one was reserved while the graphs were warmed up"
+        assert_close(results(compiled, pair, **OPTIONS), _compose(pair))
+    assert bool(launch._kept_workspace.cache_info().currsize) == (not is_seen)
     torch._dynamo.reset()
+
+
+def first_in_several_threads() -> None:
+    """On one stream and on a stream each."""
+    pairs = [boxes(50_000 + 7_001 * index) for index in range(6)]
+    torch.cuda.synchronize()
+    first = next(in_threads([partial(_run, pair) for pair in pairs]))
+    assert_close(first, list(map(_compose, pairs)))
+
+
+def first_in_a_backward_pass() -> None:
+    """Which autograd runs in a thread of its own."""
+    pair, found, threads = boxes(50_000), [], []
+
+    def hook(gradient: Tensor) -> None:
+        threads.append(threading.get_ident())
+        with torch.enable_grad():
+            found.append(_run(pair))
+
+    doubled = torch.ones((), device=DEVICE, requires_grad=True) * 2
+    doubled.register_hook(hook)
+    doubled.backward()
+    assert threads != [threading.get_ident()]
+    assert_close(found, [_compose(pair)])
+
+
+def first_in_a_capture(after_others: bool = False) -> None:
+    """It succeeds, or says why; then the library works as ever.
+
+    Others are of one program, and of another type.
+    """
+    if after_others:
+        for dtype in (torch.float32, torch.bfloat16):
+            _run(boxes(100, dtype=dtype))
+    stream = torch.cuda.current_stream()
+    for is_first in (True, False):
+        pair, graph = boxes(50_000), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph):
+                found = _run(pair)
+        except RuntimeError as error:
+            if not is_first or "captur" not in str(error):
+                raise
+            torch.cuda.set_stream(stream)  # PyTorch leaves the capture's the current one.
+        else:
+            for one in found:
+                one.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert_close(found, _compose(pair))
+        for rows in (50_000, 70_001):
+            pair = boxes(rows)
+            assert_close(_run(pair), _compose(pair))
+
+
+@support.on_kernel
+@pytest.mark.parametrize(
+    "first",
+    [
+        "first_in_several_threads()",
+        "first_in_a_backward_pass()",
+        "first_in_a_capture()",
+        "first_in_a_capture(after_others=True)",
+    ],
+)
+def test_first_launch(first: str, tmp_path: Path) -> None:
+    """Of a process that has compiled, loaded and reserved nothing; and Triton's cache is empty."""
+    code = f"from tests import test_streams_and_graphs; test_streams_and_graphs.{first}"
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "FUSED_SMOOTHL1_BACKEND": "triton"}
+    done = support.run_python("-c", code, gpu=True, timeout=100, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
