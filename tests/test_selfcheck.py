@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fused_smoothl1 import dispatch
 from fused_smoothl1.__main__ import CASES, ROUNDINGS, main
 from fused_smoothl1.problem import NoKernelError
 from tests import support
-from tests.support import HAS_GPU, HAS_TRITON, ROOT, backend_set, run_python
+from tests.support import HAS_GPU, HAS_TRITON, ROOT, run_python
 
 ALL = len(CASES)
 right = fused_smoothl1.smooth_l1_loss
@@ -58,38 +59,25 @@ def test_works_without_triton(module: str, told: str, tmp_path: Path) -> None:
     assert found["backend"].startswith("eager PyTorch")
 
 
-@pytest.mark.parametrize(
-    ("choice", "interpret", "status", "told"),
-    [
-        ("cuda", "0", 1, "none: FUSED_SMOOTHL1_BACKEND must be one of"),
-        pytest.param(
-            "triton",
-            "0",
-            1,
-            "none: .*INTERPRET=1",
-            marks=[support.needs_triton, support.needs_no_gpu],
-        ),
-        pytest.param(
-            *("triton", "01"[not HAS_GPU], 0, "Triton kernel, .* FUSED_SMOOTHL1_BACKEND=triton$"),
-            marks=support.needs_interpreter,
-        ),
-    ],
-)
-def test_backend_by_choice(choice: str, interpret: str, status: int, told: str) -> None:
-    found = _selfcheck(status, FUSED_SMOOTHL1_BACKEND=choice, TRITON_INTERPRET=interpret)
-    assert re.match(told, found["backend"])
+@support.needs_interpreter
+def test_backend_by_choice() -> None:
+    told = _selfcheck(1, FUSED_SMOOTHL1_BACKEND="cuda")["backend"]
+    assert told.startswith("none: FUSED_SMOOTHL1_BACKEND must be one of")
+    choice: Any = {"FUSED_SMOOTHL1_BACKEND": "triton"}
+    if not HAS_GPU:
+        assert re.match("none: .*INTERPRET=1", _selfcheck(1, **choice)["backend"])
+    told = _selfcheck(**choice, TRITON_INTERPRET="01"[not HAS_GPU])["backend"]
+    assert re.fullmatch("Triton kernel, .* FUSED_SMOOTHL1_BACKEND=triton", told)
 
 
 @support.needs_triton
 def test_no_kernel_compiles(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def launch(*_: Any) -> None:
-        raise NoKernelError("Triton cannot compile here")
-
-    monkeypatch.setattr("fused_smoothl1.launcher.Code.launch", launch)
+    refuse = Mock(side_effect=NoKernelError("Triton cannot compile here"))
+    monkeypatch.setattr("fused_smoothl1.launcher.Code.launch", refuse)
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
-    with backend_set("auto"):
+    with support.backend_set("auto"):
         assert main() == 0
     told = _lines(capsys.readouterr().out)["backend"]
     assert re.match("eager PyTorch: .*Triton cannot compile here", told)
@@ -107,9 +95,7 @@ def _once(factor: float) -> Callable[..., Any]:
 DEFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     "sigma": (lambda *args, sigma, **kw: right(*args, sigma=1.01 * sigma, **kw), "0 of"),
     "reduction": (lambda *args, reduction, **kw: right(*args, reduction="sum", **kw), "8 of"),
-    "NaN": (lambda *args, **kw: right(*args, **kw) * torch.nan, "0 of"),
     "an exception": (lambda *args, **kw: 1 / 0, "0 of"),
-    "weights swapped": (lambda a, b, c, d, **kw: right(a, b, d, c, **kw), "0 of"),
     "no gradient of target": (lambda a, b, *rest, **kw: right(a, b.detach(), *rest, **kw), "0 of"),
     "one case, by 4096 eps": (_once(1 + 2**-11), rf"{ALL - 1} of .*: largest error 4.1e\+03 eps"),
     "one case, NaN": (_once(torch.nan), f"{ALL - 1} of .*: largest error nan eps"),

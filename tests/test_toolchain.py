@@ -228,7 +228,7 @@ def training_goes_on(name: str, folder: Path) -> None:
                         result(step)
 
 
-def comes_through(name: str, _: Path) -> None:
+def comes_through(name: str, folder: Path) -> None:
     """And the kernel is taken again: it is loaded then, if it was not, and no more than once."""
     failing, error = PASSING[name]
     # Of what loading returns, the second is the kernel, and the last the number of threads.
