@@ -117,12 +117,12 @@ sweep() {
 
 check() {
   # What takes longest and what has never run without a GPU come first. Types, machine code, faults
-  # of Triton's, several processes and the documents need no GPU.
+  # of Triton's, distributed training and the documents need no GPU.
   local files=(
     tests/test_special_values.py tests/test_properties.py tests/test_concurrency.py
     tests/test_determinism.py tests/test_loss.py tests/test_bench.py tests/test_export.py
   )
-  local spared="typing codegen toolchain distributed processes documents" file
+  local spared="typing codegen toolchain distributed documents" file
   for file in tests/test_*.py; do
     case " ${files[*]} $(printf 'tests/test_%s.py ' $spared)" in
       *" $file "*) ;;

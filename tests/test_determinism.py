@@ -1,7 +1,7 @@
 """The same bits at every run, whatever order the programs run in.
 
 The interpreter runs one program after another, so it can show neither a race nor a wrong memory
-order (`test_streams_and_graphs.py` looks for them on a GPU); but it can run them in any order, as a
+order (`test_concurrency.py` looks for them on a GPU); but it can run them in any order, as a
 GPU does, and the last to arrive must then add the partial sums in an order of its own.
 """
 

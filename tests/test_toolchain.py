@@ -8,11 +8,9 @@ says as JSON what is not so. There, in a process for each fault, tensors of the 
 on a GPU.
 """
 
-import inspect
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -58,10 +56,6 @@ def import_runs(code: str) -> Fault:
     return arise
 
 
-def no_sources(_: Path) -> None:
-    inspect.getsourcelines = mock.Mock(side_effect=OSError("could not get source code"))
-
-
 def nvidia(**environment: str) -> Fault:
     """Let Triton start its own driver for NVIDIA's GPUs, in such an environment."""
 
@@ -69,9 +63,10 @@ def nvidia(**environment: str) -> Fault:
         torch.cuda.is_available = lambda: True
         for name in ("CC", "LD_LIBRARY_PATH"):
             os.environ.pop(name, None)
-        os.environ.update({"TRITON_CACHE_DIR": str(folder), **environment})
+        usual = {"TRITON_LIBCUDA_PATH": "/", "TRITON_CACHE_DIR": str(folder)}
+        os.environ.update(usual | environment)
         # Where the library is, `ldconfig` would say so.
-        subprocess.check_output = mock.Mock(return_value=b"")
+        mock.patch("subprocess.check_output", return_value=b"").start()
 
     return arise
 
@@ -98,9 +93,8 @@ def load_by(**result: Any) -> Fault:
 
 NO_MODULE = "Triton cannot be imported.*{}.*: on Linux, .* reinstall PyTorch"
 NO_DRIVER = r"Triton cannot use cpu \(.*{}.*the driver's library.*\(CC\).*TRITON_CACHE_DIR"
-NO_KERNEL = (
-    r"Triton cannot compile or load a kernel for cpu \(.*{}.*version of Triton that knows the GPU"
-)
+NO_KERNEL = r"Triton cannot compile or load a kernel for cpu \(.*{}.*of Triton that knows the GPU"
+NOWHERE = "/dev/null/nowhere"
 INVALID = RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
 
 # Each with the cause and the way out, as a message names them.
@@ -109,18 +103,15 @@ BROKEN: dict[str, tuple[Fault, str]] = {
     "mock": (modules_are(mock.MagicMock()), NO_MODULE.format("")),
     "stub": (import_runs(""), NO_MODULE.format("triton.py .*not a package")),
     "broken": (import_runs("raise OSError('no file')"), NO_MODULE.format("OSError: no file")),
-    "no sources": (no_sources, NO_MODULE.format("Python file")),
+    "no sources": (
+        lambda _: mock.patch("inspect.getsourcelines", side_effect=OSError).start(),
+        NO_MODULE.format("Python file"),
+    ),
     # Triton knows no such GPU as this, which is not there.
     "foreign": (lambda _: None, NO_DRIVER.format("active drivers")),
-    "no libcuda": (nvidia(), NO_DRIVER.format("libcuda")),
-    "no cache folder": (
-        nvidia(TRITON_LIBCUDA_PATH="/", TRITON_CACHE_DIR="/dev/null/nowhere"),
-        NO_DRIVER.format("/dev/null/nowhere"),
-    ),
-    "no C compiler": (
-        nvidia(TRITON_LIBCUDA_PATH="/", PATH="/dev/null/nowhere"),
-        NO_DRIVER.format("Failed to find C compiler"),
-    ),
+    "no libcuda": (nvidia(TRITON_LIBCUDA_PATH=""), NO_DRIVER.format("libcuda")),
+    "no cache folder": (nvidia(TRITON_CACHE_DIR=NOWHERE), NO_DRIVER.format(NOWHERE)),
+    "no C compiler": (nvidia(PATH=NOWHERE), NO_DRIVER.format("Failed to find C compiler")),
     "ptxas": (ptxas, NO_KERNEL.format("PTXASError.*ptxas fatal")),
     "load": (load_by(side_effect=INVALID), NO_KERNEL.format("image is invalid")),
     # Of which there are fewer than the kernel needs; Triton says it only once.

@@ -1,8 +1,8 @@
-"""On a GPU: graphs, streams and host threads at once, with the same bits; and a first launch there.
+"""Calls at once: on streams, in graphs, in threads and in processes; and the first of a process.
 
-A launch adds up partial sums with the help of a ticket. Launches that share one while they run
-together would hang, or add up what is not theirs; so would a graph that was captured with a ticket
-which it does not reset. The operands are large enough for more than one program.
+On a GPU a launch adds up partial sums with the help of a ticket. Launches that share one while they
+run together would hang, or add up what is not theirs; so would a graph that was captured with a
+ticket which it does not reset. The operands are large enough for more than one program.
 """
 
 import threading
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ from torch.testing import assert_close
 from fused_smoothl1 import smooth_l1_loss
 from tests import support
 from tests.composed import composed
-from tests.support import CALLS, DEVICE, FLOATS, assert_equal, boxes, call, results
-
-pytestmark = [support.needs_gpu, support.on_both]
+from tests.support import CALLS, DEVICE, FLOATS, KINDS, assert_equal, boxes, call, check, results
 
 Run = Callable[[], list[Any]]
 Context = Callable[[list[Run]], Iterator[list[Any]]]
@@ -36,7 +35,8 @@ _compose: Callable[[list[Any]], list[Tensor]] = partial(results, composed, **OPT
 def _finished() -> Iterator[None]:
     """Leave no work behind for the next test, nor an error that only a synchronisation shows."""
     yield
-    torch.cuda.synchronize()
+    if support.HAS_GPU:
+        torch.cuda.synchronize()
 
 
 def _capture(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
@@ -120,6 +120,8 @@ def _check(context: Context, runs: list[Run]) -> None:
 
 
 @pytest.mark.smoke
+@support.needs_gpu
+@support.on_both
 @pytest.mark.parametrize("context", [on_streams, in_threads, in_graphs])
 def test_at_once(context: Context) -> None:
     """Calls of several sizes and types: in float64 any other order of a sum gives other bits."""
@@ -128,6 +130,7 @@ def test_at_once(context: Context) -> None:
     _check(context, [partial(_run, operands) for operands in cases])
 
 
+@support.needs_gpu
 @support.on_kernel
 @pytest.mark.parametrize("rows", [33, 200_003], ids=["one_block", "many"])
 @pytest.mark.parametrize("name", CALLS)
@@ -150,6 +153,7 @@ def test_every_kind_of_call(name: str, rows: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for a machine with two GPUs")
+@support.on_both
 def test_several_devices() -> None:
     """The operands decide, whichever device is the current one."""
     names, first = [f"cuda:{i}" for i in range(torch.cuda.device_count())], boxes(100_003, grad=0)
@@ -173,6 +177,7 @@ def _through_an_operator(*pair: Tensor, **_: Any) -> Any:
     return 2 * _half_the_loss(*pair)
 
 
+@support.needs_gpu
 @support.on_kernel
 @pytest.mark.parametrize("is_seen", [True, False], ids=["seen", "in an operator of a user's"])
 def test_compiled_with_graphs(is_seen: bool) -> None:
@@ -249,19 +254,63 @@ def first_in_a_capture(after_others: bool = False) -> None:
             assert_close(_run(pair), _compose(pair))
 
 
-@support.on_kernel
+def kinds_in_threads() -> None:
+    """Let threads make the first call of all at once, and many more, each of another kind."""
+    start = threading.Barrier(len(KINDS))
+
+    def many(case: tuple[list[Any], dict[str, Any]]) -> None:
+        operands, options = case
+        start.wait()
+        for _ in range(25):
+            check(*operands, **options)
+
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        list(pool.map(many, [call(name, 50 + 40 * i) for i, name in enumerate(KINDS)]))
+
+
+def compute(rows: int = 300) -> None:
+    check(*boxes(rows), sigma=2.0, reduction="sum", upstream=3.0)
+
+
+def in_children(method: str) -> None:
+    """Compute in two processes, and before and after that in their parent."""
+    compute()
+    with get_context(method).Pool(2) as pool:
+        pool.map_async(compute, [200, 300]).get(timeout=200)
+    compute()
+
+
+FIRST_ON_A_GPU = (
+    "first_in_several_threads()",
+    "first_in_a_backward_pass()",
+    "first_in_a_capture()",
+    "first_in_a_capture(after_others=True)",
+)
+# (PyTorch does not use a GPU after a fork.)
+IN_CHILDREN = [f"in_children('{method}')" for method in get_all_start_methods()]
+
+
 @pytest.mark.parametrize(
-    "first",
+    ("step", "where"),
     [
-        "first_in_several_threads()",
-        "first_in_a_backward_pass()",
-        "first_in_a_capture()",
-        "first_in_a_capture(after_others=True)",
+        *(pytest.param(step, "gpu", marks=support.needs_gpu) for step in FIRST_ON_A_GPU),
+        ("kinds_in_threads()", "eager"),  # Triton's interpreter allows one at a time.
+        *((step, "eager") for step in IN_CHILDREN),
+        *(
+            pytest.param(step, "interpreter", marks=support.needs_interpreter)
+            for step in IN_CHILDREN
+        ),
     ],
 )
-def test_first_launch(first: str, tmp_path: Path) -> None:
-    """Of a process that has compiled, loaded and reserved nothing; and Triton's cache is empty."""
-    code = f"from tests import test_streams_and_graphs; test_streams_and_graphs.{first}"
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "FUSED_SMOOTHL1_BACKEND": "triton"}
-    done = support.run_python("-c", code, gpu=True, timeout=100, **environment)
+def test_process_of_its_own(step: str, where: str, tmp_path: Path) -> None:
+    """One that has compiled, loaded and reserved nothing; and Triton's cache is empty."""
+    environment: Any = {
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_INTERPRET": "01"[where == "interpreter"],
+        "FUSED_SMOOTHL1_BACKEND": "eager" if where == "eager" else "triton",
+    }
+    code = f"from tests import test_concurrency; test_concurrency.{step}"
+    on_gpu = where == "gpu"
+    timeout = 100 if on_gpu else 300  # Busy machines without one are slow.
+    done = support.run_python("-c", code, gpu=on_gpu, timeout=timeout, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
