@@ -280,37 +280,26 @@ def in_children(method: str) -> None:
     compute()
 
 
-FIRST_ON_A_GPU = (
+ON_A_GPU = (
     "first_in_several_threads()",
     "first_in_a_backward_pass()",
     "first_in_a_capture()",
     "first_in_a_capture(after_others=True)",
 )
-# (PyTorch does not use a GPU after a fork.)
-IN_CHILDREN = [f"in_children('{method}')" for method in get_all_start_methods()]
+# (PyTorch does not use a GPU after a fork, and Triton's interpreter runs in one thread at a time.)
+ON_THE_CPU = (
+    "kinds_in_threads()",
+    *(f"in_children('{method}')" for method in get_all_start_methods()),
+)
 
 
 @pytest.mark.parametrize(
-    ("step", "where"),
-    [
-        *(pytest.param(step, "gpu", marks=support.needs_gpu) for step in FIRST_ON_A_GPU),
-        ("kinds_in_threads()", "eager"),  # Triton's interpreter allows one at a time.
-        *((step, "eager") for step in IN_CHILDREN),
-        *(
-            pytest.param(step, "interpreter", marks=support.needs_interpreter)
-            for step in IN_CHILDREN
-        ),
-    ],
+    "step", [*(pytest.param(step, marks=support.needs_gpu) for step in ON_A_GPU), *ON_THE_CPU]
 )
-def test_process_of_its_own(step: str, where: str, tmp_path: Path) -> None:
+def test_process_of_its_own(step: str, tmp_path: Path) -> None:
     """One that has compiled, loaded and reserved nothing; and Triton's cache is empty."""
-    environment: Any = {
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "TRITON_INTERPRET": "01"[where == "interpreter"],
-        "FUSED_SMOOTHL1_BACKEND": "eager" if where == "eager" else "triton",
-    }
-    code = f"from tests import test_concurrency; test_concurrency.{step}"
-    on_gpu = where == "gpu"
-    timeout = 100 if on_gpu else 300  # Busy machines without one are slow.
-    done = support.run_python("-c", code, gpu=on_gpu, timeout=timeout, **environment)
+    code, gpu = f"from tests import test_concurrency; test_concurrency.{step}", step in ON_A_GPU
+    environment = {"FUSED_SMOOTHL1_BACKEND": "triton" if gpu else "eager"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = support.run_python("-c", code, gpu=gpu, timeout=100 if gpu else 300, **environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -123,20 +123,18 @@ def steps() -> Iterator[Step]:
     yield from map(step, special())
 
 
-def feature_maps(number: int) -> Iterator[Step]:
-    """Yield calls on feature maps of random sizes under a mask of pixels."""
-    chance = random.Random(0)
-    for _ in range(number):
-        batch, height, width = (chance.randint(*sizes) for sizes in ((1, 8), (8, 200), (8, 200)))
-        maps = 2 * (Operand((batch, 36, height, width)),)
-        yield step(Call("", (*maps, Operand((batch, 1, height, width), "bool")), wanted=0))
-
-
 def few_kinds_of_code() -> None:
     """What changes nothing is not compiled in, as the outermost size, which is not read."""
-    boxes = [(*2 * (Operand((n, 4)),), Operand((n, 1), "bool")) for n in (50, 17, 18, 32, 255)]
-    assert compare([step(Call("", operands, wanted=0)) for operands in boxes])[2] == 1
-    assert compare(feature_maps(300))[2] <= 9
+
+    def masked(rows: int, columns: tuple[int, ...], columns_of_mask: tuple[int, ...]) -> Step:
+        operands = 2 * (Operand((rows, *columns)),)
+        mask = Operand((rows, *columns_of_mask), "bool")
+        return step(Call("", (*operands, mask), wanted=0))
+
+    assert compare(masked(rows, (4,), (1,)) for rows in (50, 17, 18, 32, 255))[2] == 1
+    chance = random.Random(0)
+    sizes = ([chance.randint(*sizes) for sizes in ((1, 8), (8, 200), (8, 200))] for _ in range(300))
+    assert compare(masked(n, (36, *size), (1, *size)) for n, *size in sizes)[2] <= 9
 
 
 def flat(arguments: Any) -> list[Any]:
