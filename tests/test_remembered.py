@@ -1,9 +1,8 @@
 """A compiled kernel is launched again without Triton, and only where Triton would launch the same.
 
-    python -m tests.test_remembered TARGET
-
-compares. This process has Triton's own launcher, not its interpreter, on a stand-in for a GPU.
-Compilation is left out: each kind of code that Triton asks for is an object of its own.
+`python -m tests.test_remembered TARGET` compares: a process that has Triton's own launcher, not its
+interpreter, on a stand-in for a GPU. Compilation is left out: each kind of code that Triton asks
+for is an object of its own.
 """
 
 import os

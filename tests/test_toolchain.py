@@ -1,11 +1,8 @@
 """Whatever is wrong with Triton, training goes on in eager PyTorch, with one warning that says why.
 
-Where the kernel was asked for, there is one error instead, at each call.
-
-    python -m tests.test_toolchain
-
-says as JSON what is not so. There, in a process for each fault, tensors of the CPU count as tensors
-on a GPU.
+Where the kernel was asked for, there is one error instead, at each call. `python -m
+tests.test_toolchain` brings each fault about in a process of its own, in which tensors of the CPU
+count as tensors on a GPU, and prints as JSON what is not as it must be; the tests read that.
 """
 
 import json
@@ -257,10 +254,8 @@ FAULTS = [*BROKEN, *PASSING]
 def found() -> dict[str, str]:
     done = run_python("-m", "tests.test_toolchain")
     assert done.returncode == 0, done.stderr
-    told: dict[str, str] = json.loads(
-        done.stdout.splitlines()[-1]
-    )  # Triton prints what ptxas says.
-    return told
+    *_, told = done.stdout.splitlines()  # Triton prints what ptxas says before.
+    return dict(json.loads(told))
 
 
 @support.needs_triton
