@@ -5,6 +5,9 @@ made first is used later: who made it could not know how. On the kernel it holds
 operator, which has to answer to whatever the operations of the composition answer to.
 """
 
+import copy
+import math
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,20 +21,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from fused_smoothl1 import smooth_l1_loss
-from fused_smoothl1.problem import make_problem
+from fused_smoothl1 import SmoothL1Loss, functional, smooth_l1_loss
 from tests import support
 from tests.composed import composed
-from tests.support import KINDS, REDUCTIONS, Loss, boxes, call
+from tests.support import DEVICE, KINDS, REDUCTIONS, Loss, boxes, call, values
 
 pytestmark = support.on_both
 
 WIDER_TARGET = "float64 target, weights of NaN where the mask excludes"
 WEIGHTS = "float32 row and column weights, all gradients"
 SHORTER_TARGET = "float32, bfloat16 dense, both gradients"
-ALL_KINDS = (*KINDS, "float16 dense", SHORTER_TARGET, WIDER_TARGET)
+NO_DIMENSIONS = "float32, no dimensions, numbers"
+ALL_KINDS = (*KINDS, "float16 dense", SHORTER_TARGET, WIDER_TARGET, NO_DIMENSIONS)
 # (Graphs take longer; and those of make_fx before autograd take what L1 saves for a constant.)
 FEW_KINDS = (WEIGHTS, "float32 beta of rows, its gradient", SHORTER_TARGET, WIDER_TARGET)
 
@@ -57,7 +61,10 @@ def in_float32(*operands: Any, reduction: str, **options: Any) -> Tensor:
     """Return the composition in the contract's dtypes: 16 bits are computed with in float32."""
     wide = [v.float() if isinstance(v, Tensor) and v.dtype.itemsize == 2 else v for v in operands]
     dtype = support.loss_dtype(reduction, *operands, *options.values())
-    return composed(*wide, reduction=reduction, **options).to(dtype)
+    if torch.is_autocast_enabled(DEVICE):
+        dtype = torch.promote_types(dtype, torch.float32)
+    # (A tangent without dimensions that has met a number is float64, unless the loss is converted.)
+    return composed(*wide, reduction=reduction, **options).double().to(dtype)
 
 
 def poisoned(x: Tensor, target: Tensor, mask: Tensor, weights: Tensor, **options: Any) -> Tensor:
@@ -67,10 +74,15 @@ def poisoned(x: Tensor, target: Tensor, mask: Tensor, weights: Tensor, **options
 def bound(kind: str, reduction: str) -> tuple[Bound, Bound, tuple[Tensor, ...]]:
     """Return the library's call, the composition's, and the values that they are functions of."""
     function: Loss = smooth_l1_loss
+    options: dict[str, Any]
     if kind == WIDER_TARGET:
         function, options = poisoned, {"reduction": reduction}
-        operands = boxes(6, support.coin(6, 1), (6, 1), grad=(True, False, False, True))
+        operands: Any = boxes(6, support.coin(6, 1), (6, 1), grad=(True, False, False, True))
         operands[1] = operands[1].double().requires_grad_()
+    elif kind == NO_DIMENSIONS:
+        operands, options = boxes((), (), 0.5, grad=3), {"beta": 0.6, "reduction": "none"}
+        if reduction == "sum":
+            options |= {"reduction": "sum", "normalizer": 2.5}
     else:
         operands, options = call(kind, reduction=reduction)
     sources = tuple(t.detach() for t in support.requiring_grad(operands, options))
@@ -139,6 +151,9 @@ BACKWARDS: dict[str, Callable[[Graph], Any]] = {
     "dual number above": _dual_above,
     "make_fx of backward": lambda g: make_fx(lambda above: g.pullback(above))(g.above)(-g.above),
     "compiled autograd": _compiled_autograd,
+    "autograd compiled, and what it calls": partial(
+        _compiled_autograd, compiler=torch.compile(backend="aot_eager")
+    ),
 }
 
 
@@ -146,6 +161,9 @@ def backward(use: Callable[[Graph], Any], f: Loss, *sources: Tensor) -> Any:
     """Return what comes of a use, which is not written to later, and of a pass after it."""
     graph = Graph(f, sources)
     return use(graph), graph.pullback(graph.above, retain_graph=False)
+
+
+plain_backward = partial(backward, BACKWARDS["backward"])
 
 
 def _hooks(f: Loss, *s: Tensor) -> Any:
@@ -175,6 +193,24 @@ def _dual_and_graph(f: Loss, *s: Tensor) -> Any:
     return primal, tangent, torch.autograd.grad(total, own, materialize_grads=True)
 
 
+def in_autocast(f: Loss) -> Loss:
+    def call(*s: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return f(*s)
+
+    return call
+
+
+def _without_graph(f: Loss, *s: Tensor) -> Any:
+    """Without autograd, and with tensors that it can never see."""
+    with torch.no_grad():
+        ungraphed = f(*leaves(s))
+    with torch.inference_mode():
+        made = tuple(t.clone() for t in s)
+        inferred = f(*made)
+    return ungraphed, ungraphed.requires_grad, inferred, inferred.is_inference(), f(*made)
+
+
 TRANSFORMS: dict[str, Callable[..., Any]] = {
     "grad": lambda f, *s: gradients(f)(*s),
     "grad of grad": lambda f, *s: gradients_of_gradients(f)(*s),
@@ -189,15 +225,17 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jacfwd": lambda f, *s: jacfwd(f)(*s),
     "jacrev": lambda f, *s: jacrev(f)(*s),
     "hessian": lambda f, *s: hessian(lambda *s: f(*s).sin().sum())(*s),
-    "checkpoint": lambda f, *s: backward(
-        BACKWARDS["backward"], lambda *s: checkpoint(f, *s, use_reentrant=False), *s
-    ),
+    "checkpoint": lambda f, *s: plain_backward(partial(checkpoint, f, use_reentrant=False), *s),
     "saved_tensors_hooks": _hooks,
 }
-USES = {name: partial(backward, use) for name, use in BACKWARDS.items()} | TRANSFORMS
-
-
-SLOW = ("make_fx of backward", "compiled autograd")
+USES: dict[str, Callable[..., Any]] = {
+    **{name: partial(backward, use) for name, use in BACKWARDS.items()},
+    **TRANSFORMS,
+    "autocast": lambda f, *s: plain_backward(in_autocast(f), *s),
+    "vmap of autocast": lambda f, *s: TRANSFORMS["vmap"](in_autocast(f), *s),
+    "without a graph": _without_graph,
+}
+SLOW = ("make_fx of backward", "compiled autograd", "autograd compiled, and what it calls")
 
 
 def gradient(f: Loss) -> Loss:
@@ -217,6 +255,9 @@ CAPTURES: dict[str, Callable[..., Any]] = {
     "make_fx": lambda f, s: make_fx(f)(*s),
     "make_fx before autograd": lambda f, s: make_fx(f, pre_dispatch=True)(*s),
     "gradient": lambda f, s: make_fx(gradient(f))(*s),
+    "gradient of tensors without data": lambda f, s: make_fx(
+        gradient(f), tracing_mode="fake", _allow_non_fake_inputs=True
+    )(*s),
     "gradient before autograd": lambda f, s: make_fx(gradient(f), pre_dispatch=True)(*s),
     "export": lambda f, s: torch.export.export(f, s).module(),
 }
@@ -231,6 +272,7 @@ def assert_alike(what: str, found: Any, expected: Any) -> None:
     [(use, kind) for use in USES for kind in (FEW_KINDS if use in SLOW else ALL_KINDS)],
 )
 def test_call(use: str, kind: str) -> None:
+    torch._dynamo.reset()
     for reduction in REDUCTIONS:
         ours, theirs, sources = bound(kind, reduction)
         assert_alike(reduction, *(USES[use](f, *sources) for f in (ours, theirs)))
@@ -260,96 +302,89 @@ def test_graph_of_derivatives(capture: str, of: Any) -> None:
     assert_alike(capture, *(graph(*leaves(shifted(sources))) for graph in graphs))
 
 
-@pytest.mark.parametrize("use", ["grad", "grad of grad", "vmap of grad", "jvp"])
-def test_compiled_transform(use: str) -> None:
-    torch._dynamo.reset()
-    ours, theirs, sources = bound(WEIGHTS, "mean")
-    compiled = torch.compile(partial(USES[use], ours), fullgraph=True, backend="aot_eager")
-    assert_alike(use, compiled(*sources), USES[use](theirs, *sources))
-
-
-@pytest.mark.parametrize("mode", ["fake", "symbolic"])
-def test_graph_of_tensors_without_data(mode: Any, backend: str) -> None:
-    ours, theirs, sources = bound(WEIGHTS, "mean")
-    graph = make_fx(gradient(ours), tracing_mode=mode)(*leaves(sources))
-    assert ("fused_smoothl1.forward" in graph.code) == (backend == "triton")
-    assert_alike(mode, graph(*sources), gradient(theirs)(*leaves(sources)))
-
-
-def test_batches_of_an_exported_model() -> None:
-    """Of inputs beside one target, whose number of rows divides the loss."""
-
-    class Model(nn.Module):
-        def forward(self, x: Tensor, target: Tensor) -> Tensor:
-            return smooth_l1_loss(x, target, beta=0.6)
-
-    model, sources, rows = Model(), tuple(boxes(6, grad=0)), {0: torch.export.Dim.AUTO}
-    graph = torch.export.export(model, sources, dynamic_shapes=(rows, rows)).module()
-    assert_alike("vmap", *(USES["vmap"](f, *sources) for f in (graph, model)))
-
-
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled(compiler: str) -> None:
-    """Nothing tells a compiled function that forward mode is at work now; and then no more."""
+    """Inside of each other: nothing tells compiled code that forward mode is at work now or not."""
     torch._dynamo.reset()
     ours, theirs, sources = bound(WEIGHTS, "mean")
     compiled = torch.compile(ours, backend=compiler)
     for use in ("backward", "dual", "jvp", "backward thrice", "dual", "checkpoint"):
         assert_alike(use, *(USES[use](f, *sources) for f in (compiled, theirs)))
+    for use in ("grad", "grad of grad", "vmap of grad", "jvp"):
+        whole = torch.compile(partial(USES[use], ours), backend=compiler, fullgraph=True)
+        assert_alike(use, whole(*sources), USES[use](theirs, *sources))
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_compiled_autograd_with_a_compiler(reduction: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["float16 dense", "bfloat16 dense", "float64 dense, all gradients"]
+)
+def test_compiled_in_autocast(kind: str) -> None:
+    """Each element has the loss in float32, or float64, whichever is around the other."""
     torch._dynamo.reset()
-    ours, theirs, sources = bound(WEIGHTS, reduction)
-    use = partial(_compiled_autograd, compiler=torch.compile(backend="aot_eager"))
-    found, expected = backward(use, ours, *sources), backward(_compiled_autograd, theirs, *sources)
-    assert_alike(reduction, found, expected)
+    ours, theirs, sources = bound(kind, "none")
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    for loss in (compiled(in_autocast(ours)), in_autocast(compiled(ours))):
+        pair = (plain_backward(f, *sources) for f in (loss, in_autocast(theirs)))
+        assert_alike(kind, *pair)
 
 
+def test_autocast_counts_for_its_own_device() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {device: functional._is_autocast(device) for device in ("cpu", "cuda", "meta")}
+    assert found == {"cpu": True, "cuda": False, "meta": False}
+
+
+def test_grad_scaler() -> None:
+    """Scaled, unscaled and stepped, a float16 head learns; an overflow skips its step."""
+    head, features, target = nn.Linear(8, 4).to(DEVICE), values(64, 8), values(64, 4)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    scaler, losses = torch.amp.GradScaler(DEVICE, init_scale=65536.0), []
+    for step in range(12):
+        before = head.weight.detach().clone()
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, torch.float16):
+            losses.append(smooth_l1_loss(head(features), target, sigma=2.0))
+        scaler.scale(losses[-1] * (math.inf if step == 11 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert head.weight.equal(before) == (step == 11)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("dim", [0, -1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_vmap_over_every_operand(kind: str) -> None:
-    """Masks, transition points and divisors too, in batches at the first or the last dimension."""
+def test_vmap_over_every_operand(kind: str, dim: int) -> None:
+    """Masks, transition points and divisors too."""
+
+    def loss(operands: list[Any], options: dict[str, Any]) -> Tensor:
+        return smooth_l1_loss(*operands, **options)
+
+    def batch(*own: Any) -> Any:
+        return torch.stack(own, dim) if isinstance(own[0], Tensor) else own[0]
+
     for reduction in REDUCTIONS:
         samples = [call(kind, reduction=reduction) for _ in range(3)]
-        names = list(samples[0][1])
-
-        def loss(*given: Any, names: list[str] = names) -> Tensor:
-            operands, options = given[: -len(names)], given[-len(names) :]
-            return smooth_l1_loss(*operands, **dict(zip(names, options, strict=True)))
-
-        all_given = [(*operands, *options.values()) for operands, options in samples]
-        dims, batches = [], []
-        for i, own in enumerate(zip(*all_given, strict=True)):
-            dims.append(-(i % 2) if isinstance(own[0], Tensor) else None)
-            batches.append(own[0] if dims[-1] is None else torch.stack(own, dims[-1]))
-        expected = torch.stack([loss(*given) for given in all_given])
-        assert_alike(reduction, vmap(loss, tuple(dims))(*batches), expected)
+        dims = tree_map(lambda own: dim if isinstance(own, Tensor) else None, samples[0])
+        found = vmap(loss, dims)(*tree_map(batch, *samples))
+        assert_alike(reduction, found, torch.stack([loss(*sample) for sample in samples]))
 
 
-@pytest.mark.parametrize("normalizer", [None, 3, 2.5])
-@pytest.mark.parametrize("shape", [(6, 4), ()], ids=str)
-def test_tangents_have_the_dtype_of_the_loss(shape: Any, normalizer: Any) -> None:
-    """PyTorch makes float64 of a tangent without dimensions that meets a number."""
-    x, target, rows = boxes(shape, (6, 1)[: len(shape)])
-    for inside in (None, rows, rows > 0):
-        for reduction in REDUCTIONS if normalizer is None else ["sum"]:
-            options = {"beta": 0.6, "reduction": reduction, "normalizer": normalizer}
-            f = Bound(smooth_l1_loss, [x, target, inside, 0.5], options)
-            value, tangent = jvp(f, (x.detach(),), (torch.ones_like(x),))[:2]
-            assert value.dtype == tangent.dtype == torch.float32
-            assert_close(tangent.sum(), torch.autograd.grad(f(x).sum(), x)[0].sum())
+MODULES: dict[str, dict[str, Any]] = {
+    "beta=1.0, reduction='mean'": {},
+    "sigma=3.0, reduction='mean'": {"sigma": 3.0},
+    "beta=0.0, reduction='batchmean'": {"beta": 0.0, "reduction": "batchmean"},
+}
 
 
-@support.on_kernel
-def test_results_of_the_operator_are_differentiable() -> None:
-    """Its gradient too, which a graph may hold by itself."""
-    x, target = boxes(6)
-    problem = make_problem(x, target, divisor_number=24, beta_number=0.6)
-    found = torch.ops.fused_smoothl1.forward.default(*problem, *(True, True, False, False, False))
-    loss = composed(x, target, beta=0.6)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    assert_close(found, (loss, gradient, -gradient))
-    for one, other in ((found[1], gradient), (found[2] + found[0], loss - gradient)):
-        squares = (one.square().sum(), other.square().sum())
-        assert_close(*(torch.autograd.grad(s, x, retain_graph=True) for s in squares))
+@pytest.mark.parametrize("text", MODULES)
+def test_module(text: str) -> None:
+    """It can be copied, saved and moved, adds nothing to a model's state, and knows hooks."""
+    module, operands = SmoothL1Loss(**MODULES[text]), boxes(6)
+    expected = smooth_l1_loss(*operands, **MODULES[text])
+    twins = [copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    for twin in (*twins, module.half().to(DEVICE).eval()):
+        assert repr(twin) == f"SmoothL1Loss({text})"
+        assert not [*twin.state_dict(), *twin.parameters()]
+        support.assert_equal(twin(*operands), expected)
+    module.register_forward_hook(lambda module, operands, loss: 2 * loss)
+    support.assert_equal(module(*operands), 2 * expected)
