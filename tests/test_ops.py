@@ -1,4 +1,9 @@
-"""The registered operators: what torch.library asks of one, autograd through it, and no data."""
+"""The registered operators: what torch.library asks of one, autograd, no data, and shards.
+
+A rule says how DTensor may run an operator. Each is carried out in this process: the operands are
+cut as it says, the operator runs on each part, and the results are put together as it says. Two
+real processes are in `test_distributed.py`.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,49 +21,51 @@ from torch.utils._pytree import tree_map_only
 from fused_smoothl1 import ops, smooth_l1_loss
 from fused_smoothl1.problem import NO_NEEDS, Problem, gradient_in_forward, make_problem
 from tests import support
-from tests.support import CALLS, DEVICE, KINDS, REDUCTIONS, Loss, boxes, call, results, values
+from tests.composed import composed
+from tests.support import CALLS, DEVICE, REDUCTIONS, Loss, boxes, call, results, values
 
 pytestmark = support.on_both
 
 Case = tuple[list[Any], dict[str, Any]]  # operands and options
-ALL = "float64 dense, a beta each, all gradients"
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(1, 3),
-    "sliced": lambda t: t[:, ::2, :, 1:],
-    "expanded": lambda t: t[:, :1].expand_as(t),
-    "empty": lambda t: t.new_zeros(2, 0, 3, 5),
-    "scalar": lambda t: t[0, 0, 0, 0],
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "expanded": lambda: values(2, 1, 3, 5).expand(2, 4, 3, 5),
+    "empty": lambda: values(2, 0, 3, 5),
+    "no dimensions": values,
 }
-# (Of this one PyTorch's own operations have other strides with data than without.)
-EMPTY = {"empty channels_last": lambda t: t.to(memory_format=torch.channels_last)[:0]}
 
 
-def laid_out(view: Callable[[Tensor], Tensor], **options: Any) -> Case:
-    input = view(values(2, 4, 3, 5, dtype=torch.float16)).requires_grad_()
-    return [input, torch.zeros_like(input)], {"reduction": "none", **options}
+def laid_out(input: Callable[[], Tensor], rows: int = 6, **options: Any) -> Case:
+    return [input().requires_grad_(), input()], options
 
 
-def only(*wanted: int) -> Case:
-    """Return a sum of which these operands alone require a gradient."""
-    needs = [i in wanted for i in range(4)]
-    return boxes(6, (6, 4), (6, 1), grad=needs), {"reduction": "sum"}
+def only(wanted: tuple[int, ...], rows: int = 6, **options: Any) -> Case:
+    """Return a call in which these operands alone require a gradient."""
+    needs = [i in wanted for i in range(5)]
+    *operands, beta = boxes(rows, (rows, 4), (rows, 1), (4,), grad=needs)
+    beta.data.abs_()
+    return operands, {"reduction": "sum", "beta": beta, **options}
 
 
+KNOWN: dict[str, Callable[..., Case]] = {
+    **{name: partial(call, name) for name in CALLS},
+    **{name: partial(laid_out, input) for name, input in LAYOUTS.items()},
+}
 PROBLEMS: dict[str, Callable[..., Case]] = {
-    **{name: partial(call, name) for name in KINDS},
-    **{name: partial(call, name) for name in CALLS if not name.startswith("float32 ")},
-    **{name: partial(laid_out, view) for name, view in (LAYOUTS | EMPTY).items()},
-    "elementwise, all gradients": partial(call, ALL, reduction="none"),
-    "no gradient": only,
-    "target alone": partial(only, 1),
-    "outside weights alone": partial(only, 3),
-    "weights alone": partial(only, 2, 3),
-    "beta alone": lambda: (only()[0], {"beta": values(4).abs().requires_grad_()}),
-    "float64 weights": lambda: (boxes(6, values(6, 1).double()), {"reduction": "none"}),
-    "L1 by a tensor": lambda: ([values(6, 4, scale=0, grad=True)] * 2, {"beta": values(scale=0)}),
+    **KNOWN,
+    "target alone": partial(only, (1,)),
+    "outside weights alone": partial(only, (3,)),
+    "both weights alone": partial(only, (2, 3)),
+    "beta alone": partial(only, (4,)),
 }
+
+
+def in_float64(case: Case) -> Case:
+    """Return a call of the same kind, of which no sum is worth a tolerance."""
+
+    def wide(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+    return tree_map_only(Tensor, wide, case)  # type: ignore[no-any-return]
 
 
 def problem_of(
@@ -66,7 +73,7 @@ def problem_of(
 ) -> Problem:
     """Return what a call of the loss evaluates."""
     reduction, divisor = options.get("reduction", "mean"), options.get("normalizer")
-    sizes = {"mean": input.numel(), "batchmean": math.prod(input.shape[:1])}
+    sizes = {"mean": max(input.numel(), 1), "batchmean": math.prod(input.shape[:1])}
     given = {
         "outside": options.get("outside_weights", outside),
         "beta": options.get("beta", options.get("sigma", 1.0) ** -2),
@@ -84,6 +91,16 @@ def forward_arguments(problem: Problem) -> tuple[Any, ...]:
     return *problem, *(needs if gradient_in_forward(problem, needs) else NO_NEEDS)
 
 
+def arguments_of(problem: Problem) -> dict[str, tuple[Any, ...]]:
+    """Return the arguments of both operators, for the gradients that are required."""
+    loss = ops.FORWARD(*problem, *NO_NEEDS)[0]
+    upstream = torch.linspace(1, 2, loss.numel()).to(loss).view_as(loss).requires_grad_()
+    return {
+        "forward": forward_arguments(problem),
+        "backward": (upstream, *problem, *ops.needs_of(problem)),
+    }
+
+
 def operator(*operands: Any, **options: Any) -> Tensor:
     """Return the loss from the operator itself."""
     loss: Tensor = ops.FORWARD(*forward_arguments(problem_of(*operands, **options)))[0]
@@ -94,67 +111,44 @@ def operator(*operands: Any, **options: Any) -> Tensor:
 def test_opcheck(name: str) -> None:
     """Real, fake, and under AOTAutograd with static and dynamic shapes; nothing is an alias."""
     operands, options = PROBLEMS[name]()
-    problem = problem_of(*operands, **options)
-    upstream = torch.ones_like(operator(*operands, **options)).requires_grad_()
-    for checked in (
-        torch.library.opcheck(ops.FORWARD, forward_arguments(problem)),
-        torch.library.opcheck(ops.BACKWARD, (upstream, *problem, *ops.needs_of(problem))),
-    ):
+    for which, arguments in arguments_of(problem_of(*operands, **options)).items():
+        checked = torch.library.opcheck(getattr(torch.ops.fused_smoothl1, which), arguments)
         assert len(checked) >= 4
         assert set(checked.values()) == {"SUCCESS"}
 
 
-def test_schema_mutates_nothing() -> None:
-    for schema in (ops.FORWARD._schema, ops.BACKWARD._schema):
-        assert not schema.is_mutable
-        assert all(result.alias_info is None for result in schema.returns)
-
-
-@pytest.mark.parametrize("upstream", [1 / 3, math.inf, math.nan])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_gradients(name: str, upstream: float) -> None:
-    """As on the plain path, also where masks exclude what arrives: 0 times inf would be NaN."""
-    operands, options = PROBLEMS[name]()
-    found = results(operator, operands, upstream, **options)
-    with support.backend_set("eager"):
-        expected = results(smooth_l1_loss, operands, upstream, **options)
-    assert not found[0].dim() or found[0].stride() == torch.empty_like(operands[0]).stride()
-    for one, other in zip(found, expected, strict=True):
-        if one.dtype.itemsize == 2:
-            support.assert_same("loss or gradient", one, other)
-            # Were 1/3 rounded to 16 bits first, every other element would be another number.
-            assert ((one != other) & ~other.isnan()).sum() <= 0.2 * one.numel()
-        else:
-            bound = 1e-12 if one.dtype == torch.float64 else 1e-6
-            assert_close(one, other, rtol=bound, atol=bound, equal_nan=True)
-
-
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("name", [*KINDS, ALL])
-def test_second_order(name: str, reduction: str) -> None:
-    """A gradient penalty needs the graph of the gradient: the saved one has none."""
-    operands, options = call(name, reduction=reduction)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients(name: str, reduction: str) -> None:
+    """With a penalty on them: the gradient that was saved with the loss has no graph."""
+    operands, options = in_float64(PROBLEMS[name](reduction=reduction))
+    wanted = support.requiring_grad(operands, options)
 
-    def second(function: Loss) -> tuple[Tensor, ...]:
+    def both_orders(function: Loss) -> list[Tensor]:
         loss = function(*operands, **options)
         upstream = torch.full_like(loss, 0.7).requires_grad_()
-        wanted = support.requiring_grad(operands, options)
         first = torch.autograd.grad(loss, wanted, upstream, create_graph=True)
-        penalty = torch.stack([g.square().sum() for g in first]).sum()
-        return torch.autograd.grad(penalty, [*wanted, upstream])
+        penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
+        second = torch.autograd.grad(penalty, [*wanted, upstream], materialize_grads=True)
+        return [loss, *first, *second]
 
-    found = second(operator)
-    with support.backend_set("eager"):
-        assert_close(found, second(smooth_l1_loss))
-    assert found[-1].any()
+    if wanted:
+        found = both_orders(operator)
+        with support.backend_set("eager"):
+            assert_close(found, both_orders(smooth_l1_loss))
 
 
-def test_what_is_not_wanted_is_empty() -> None:
-    """An operator has no optional results: these cost neither memory nor a launch."""
-    problem = problem_of(*boxes(6, (1, 4), ()), beta=values(6, 1).abs())
-    _, *gradients = ops.FORWARD(*problem, *(False, True, False, False, False))
-    gradients += ops.BACKWARD(values(), *problem, *(False, True, False, True, True))
-    assert [gradient.numel() for gradient in gradients] == [0, 24, 0, 24, 0, 1, 6]
+@support.on_kernel
+def test_results_of_the_operator_are_differentiable() -> None:
+    """Its gradient too, which a graph may hold by itself."""
+    x, target = boxes(6, grad=2)
+    found = ops.FORWARD(*forward_arguments(problem_of(x, target, beta=0.6)))
+    loss = composed(x, target, beta=0.6)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert_close(found, (loss, gradient, -gradient))
+    for one, other in ((found[1], gradient), (found[2] + found[0], loss - gradient)):
+        squares = (one.square().sum(), other.square().sum())
+        assert_close(*(torch.autograd.grad(s, x, retain_graph=True) for s in squares))
 
 
 @support.on_kernel
@@ -162,13 +156,11 @@ def test_shares_no_workspace() -> None:
     """What torch.compile records in a graph must not use memory that is kept for other calls."""
     from fused_smoothl1 import launch
 
-    problem, needs = problem_of(*boxes((20_011,))), (True, False, False, False, False)
-    launch._kept_workspace.cache_clear()
-    loss, gradient, _ = ops.FORWARD(*problem, *needs)
-    assert not launch._kept_workspace.cache_info().currsize
-    expected, gradients = launch.forward(problem, needs)
-    assert launch._kept_workspace.cache_info().currsize, "calls on a stream share one"
-    support.assert_equal([loss, gradient], [expected, gradients[0]])
+    kept, operands = launch._kept_workspace, boxes((20_011,))
+    for function, is_kept in ((operator, False), (smooth_l1_loss, True)):
+        kept.cache_clear()
+        function(*operands)
+        assert bool(kept.cache_info().currsize) == is_kept
 
 
 def on_meta(tensor: Tensor) -> Tensor:
@@ -176,13 +168,13 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake"])
-@pytest.mark.parametrize("name", [*KINDS, *LAYOUTS])
+@pytest.mark.parametrize("name", KNOWN)
 def test_without_data(name: str, kind: str) -> None:
     """Shapes, dtypes and strides of the loss and the gradients are known."""
     mode = FakeTensorMode()
     empty, context = (on_meta, nullcontext()) if kind == "meta" else (mode.from_tensor, mode)
     for reduction in REDUCTIONS:
-        operands, options = PROBLEMS[name](reduction=reduction)
+        operands, options = KNOWN[name](reduction=reduction)
         real = results(smooth_l1_loss, operands, **options)
         operands, options = tree_map_only(Tensor, empty, (operands, options))
         with context:
@@ -191,3 +183,48 @@ def test_without_data(name: str, kind: str) -> None:
             assert one.device.type == ("meta" if kind == "meta" else DEVICE)
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
             assert one.stride() == other.stride()
+
+
+def parts(argument: Any, placement: Any) -> tuple[Any, ...]:
+    """Return what each of two ranks has of an argument."""
+    assert isinstance(argument, Tensor) == (placement is not None)
+    if placement is None or placement.is_replicate():
+        return argument, argument
+    assert placement.is_shard(), "no operand is a partial sum"
+    cut: tuple[Tensor, ...] = argument.tensor_split(2, placement.dim)
+    return cut
+
+
+def whole(parts: tuple[Tensor, ...], placement: Any) -> Tensor:
+    if placement.is_partial("sum"):
+        return torch.stack(parts).sum(0)
+    if placement.is_shard():
+        assert placement.dim < parts[0].dim(), "what is not wanted has one dimension"
+        return torch.cat(parts, placement.dim)
+    assert all(torch.equal(part, parts[0]) for part in parts), "the ranks differ"
+    return parts[0]
+
+
+@support.on_eager
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="waits for PyTorch with its distributed package"
+)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_shards(name: str, reduction: str) -> None:
+    """There is a rule for each dimension of the input, and one that shards nothing."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    from fused_smoothl1 import sharding
+
+    for rows in (6, 1):
+        operands, options = in_float64(PROBLEMS[name](rows=rows, reduction=reduction))
+        for which, arguments in arguments_of(problem_of(*operands, **options)).items():
+            run, places = getattr(torch.ops.fused_smoothl1, which), set()
+            expected = run(*arguments)
+            for outputs, inputs in getattr(sharding, f"{which}_rules")(*arguments):
+                ranks = zip(*map(parts, arguments, inputs), strict=True)
+                found = zip(*(run(*given) for given in ranks), strict=True)
+                assert_close([*map(whole, found, outputs)], [*expected], equal_nan=True)
+                places.add(inputs[which == "backward"])
+            assert places == {Replicate(), *map(Shard, range(operands[0].dim()))}
