@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 
 from fused_smoothl1 import smooth_l1_loss
 from tests import support
-from tests.support import KINDS, ROOT, Loss, boxes, call, coin, results, values
+from tests.support import KINDS, ROOT, Loss, call, coin, results, values
 
 RANKS = 2
 SECONDS = 120
@@ -45,7 +45,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 (BOX_LOSS,) = re.findall(r"^```python\n((?:(?!```).)*def box_loss.*?)^```", README, re.M | re.S)
 
 WEIGHTS, MASK = "float32 row and column weights, all gradients", "float32 element mask"
-Case = tuple[list[Any], dict[str, Any]]  # operands and options
 ddp = nn.parallel.DistributedDataParallel
 
 
@@ -78,7 +77,7 @@ def data_parallel(wrap: Callable[..., nn.Module], positives: str, mesh: DeviceMe
 
 
 def dtensors(
-    case: Callable[[], Case],
+    case: Callable[[], tuple[list[Any], dict[str, Any]]],
     dim: int | None,
     shards_weights: bool,
     mesh: DeviceMesh,
@@ -120,13 +119,9 @@ def dtensors(
     assert_close([found[0], *(gradient.full_tensor() for gradient in found[1:])], expected)
 
 
-def counted(mesh: DeviceMesh) -> None:
-    """Divided by the number of selected elements, which the ranks add up."""
-
-    def loss(*operands: Any, **options: Any) -> Tensor:
-        return smooth_l1_loss(*operands, **options | {"normalizer": operands[2].sum()})
-
-    dtensors(partial(call, MASK, reduction="sum", normalizer=1.0), 0, True, mesh, loss)
+def counted(*operands: Any, **options: Any) -> Tensor:
+    """Return a sum divided by the number of selected elements, which the ranks add up."""
+    return smooth_l1_loss(*operands, **options | {"normalizer": operands[2].sum()})
 
 
 def numbers_that_change(mesh: DeviceMesh) -> None:
@@ -137,23 +132,13 @@ def numbers_that_change(mesh: DeviceMesh) -> None:
         dtensors(case, 0, False, mesh, step)
 
 
-def transition(name: str, *shape: int, **options: Any) -> Case:
-    return boxes(6, (6, 1)), {name: values(*shape).abs().requires_grad_(), **options}
-
-
-CASES: list[Callable[..., Case]] = [
-    *(partial(call, name) for name in KINDS),
-    partial(transition, "beta"),
-    partial(transition, "beta", 1, 4),
-    partial(transition, "sigma", 6, 1),
-]
 CHECKS: list[Callable[[DeviceMesh], None]] = [
     *(partial(data_parallel, ddp, positives) for positives in ("many", "none on one rank", "one")),
     partial(data_parallel, fsdp2, "many"),
     *(
-        partial(dtensors, partial(case, reduction=reduction), dim, shards_weights)
-        for case, dim, shards_weights, reduction in product(
-            CASES, (0, -1), (True, False), ("none", "sum", "mean")
+        partial(dtensors, partial(call, name, reduction=reduction), dim, shards_weights)
+        for name, dim, shards_weights, reduction in product(
+            KINDS, (0, -1), (True, False), ("none", "sum", "mean")
         )
     ),
     *(  # in uneven shards, of which one may be empty
@@ -162,7 +147,9 @@ CHECKS: list[Callable[[DeviceMesh], None]] = [
     ),
     partial(dtensors, partial(call, WEIGHTS), None, False),
     partial(dtensors, partial(call, WEIGHTS, reduction="sum", normalizer=3.0), 0, True),
-    counted,
+    partial(
+        dtensors, partial(call, MASK, reduction="sum", normalizer=1), 0, True, function=counted
+    ),
     numbers_that_change,
 ]
 
