@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
 from tests import support
-from tests.support import DEVICE, Shape, boxes, coin, values
+from tests.support import DEVICE, Shape, boxes
 
 pytestmark = support.on_both
 
@@ -194,11 +194,6 @@ def test_nothing_is_launched_for_bad_input(launches: list[str]) -> None:
     assert launches == []
 
 
-def test_options_have_no_position() -> None:
-    with pytest.raises(TypeError, match="positional"):
-        smooth_l1_loss(*[*boxes(6), None, None, 3.0])
-
-
 @pytest.mark.parametrize("place", ["meta", pytest.param("cpu", marks=support.needs_gpu)])
 @pytest.mark.parametrize("name", f"target {NUMBERS}".split())
 def test_devices_that_differ(name: str, place: str) -> None:
@@ -206,16 +201,6 @@ def test_devices_that_differ(name: str, place: str) -> None:
     arguments = dict(zip(INPUTS.split(), boxes(6), strict=True)) | SUM
     arguments[name] = torch.ones(() if name == "normalizer" else (6, 4), device=place)
     assert_raises(ValueError, name, f"{place}...{DEVICE}...", smooth_l1_loss, **arguments)
-
-
-@pytest.mark.filterwarnings("ignore:.*MaskedTensor:UserWarning")  # a prototype
-@pytest.mark.parametrize("name", INPUTS.split())
-def test_masked_tensor(name: str) -> None:
-    """PyTorch's own answer, as for its own loss: an operation is not supported."""
-    arguments = dict(zip(INPUTS.split(), boxes(6), strict=True))
-    arguments[name] = torch.masked.masked_tensor(values(6, 4), coin(6, 4))
-    with pytest.raises(TypeError, match="MaskedTensor"):
-        smooth_l1_loss(**arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
