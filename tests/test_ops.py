@@ -120,22 +120,32 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_gradients(name: str, reduction: str) -> None:
-    """With a penalty on them: the gradient that was saved with the loss has no graph."""
+    """Of three orders: the gradient that was saved with the loss has no graph."""
     operands, options = in_float64(PROBLEMS[name](reduction=reduction))
     wanted = support.requiring_grad(operands, options)
 
-    def both_orders(function: Loss) -> list[Tensor]:
+    def orders(function: Loss) -> list[Tensor]:
         loss = function(*operands, **options)
         upstream = torch.full_like(loss, 0.7).requires_grad_()
-        first = torch.autograd.grad(loss, wanted, upstream, create_graph=True)
-        penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
-        second = torch.autograd.grad(penalty, [*wanted, upstream], materialize_grads=True)
-        return [loss, *first, *second]
+        found = [loss, *torch.autograd.grad(loss, wanted, upstream, create_graph=True)]
+        for _ in range(2):
+            penalty = torch.stack([one.square().sum() for one in found]).sum()
+            graphs: Any = {"create_graph": True, "materialize_grads": True}
+            found += torch.autograd.grad(penalty, [*wanted, upstream], **graphs)
+        return found
 
     if wanted:
-        found = both_orders(operator)
+        found = orders(operator)
         with support.backend_set("eager"):
-            assert_close(found, both_orders(smooth_l1_loss))
+            assert_close(found, orders(smooth_l1_loss))
+
+
+def test_an_upstream_gradient_is_not_rounded_to_16_bits() -> None:
+    """It would make another number of every other element."""
+    operands, options = call("bfloat16 dense", 300)
+    _, found = results(operator, operands, 1 / 3, **options)
+    _, expected = results(smooth_l1_loss, operands, 1 / 3, **options)
+    assert (found != expected).sum() <= 0.2 * found.numel()
 
 
 @support.on_kernel
