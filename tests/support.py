@@ -267,23 +267,6 @@ def assert_near(
     np.testing.assert_array_less(error[~special], bound[~special], err_msg=what)
 
 
-def assert_same(what: str, one: Tensor, other: Tensor) -> None:
-    """Assert the same values to rounding, and the same NaN and infinities.
-
-    Two ways to compute one thing may each use all of the roundings that `assert_near` allows.
-    """
-    assert (one.dtype, one.shape) == (other.dtype, other.shape), what
-    stored, inside = torch.finfo(one.dtype), torch.finfo(accumulator(one))
-    assert_close(
-        one,
-        other,
-        rtol=ROUNDINGS * inside.eps + (2.02 * stored.eps if stored.eps > inside.eps else 0),
-        atol=2 * (stored.smallest_normal * stored.eps + inside.smallest_normal),
-        equal_nan=True,
-        msg=lambda text: f"{what}: {text}",
-    )
-
-
 def _magnitude(name: str, operands: dict[str, Any], **kwargs: Any) -> Any:
     """Return the sum of the absolute terms of a broadcast operand's gradient, and their number."""
     operand = operands[name]

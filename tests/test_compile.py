@@ -114,19 +114,6 @@ def test_one_launch_and_a_product(launches: list[str]) -> None:
     assert {str(node.target) for node in nodes} == {"aten.detach.default", "aten.mul.Tensor"}
 
 
-@support.on_kernel
-def test_a_new_number_compiles_no_kernel() -> None:
-    """One code serves all; that Triton does not look at their values is in `test_launches.py`."""
-    from fused_smoothl1 import launch
-
-    operands = boxes(6, (6, 1))
-    launch._loss_code.cache_clear()
-    for number in (1, 1 / 9, 16, 0, 1e-38):
-        options: Any = {"outside_weights": number + 2, "normalizer": number + 3}
-        smooth_l1_loss(*operands, beta=number, reduction="sum", **options)
-    assert launch._loss_code.cache_info().misses == 1
-
-
 @pytest.mark.filterwarnings("error:Dynamo")
 @pytest.mark.parametrize("mode", ["no_grad", "train", "transform"])
 def test_runs_as_it_stands_where_the_compiler_gives_up(mode: str) -> None:

@@ -152,17 +152,6 @@ def test_every_kind_of_call(name: str, rows: int) -> None:
         assert_equal(found, run())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="waits for a machine with two GPUs")
-@support.on_both
-def test_several_devices() -> None:
-    """The operands decide, whichever device is the current one."""
-    names, first = [f"cuda:{i}" for i in range(torch.cuda.device_count())], boxes(100_003, grad=0)
-    cases = [[operand.to(name, copy=True).requires_grad_() for operand in first] for name in names]
-    found = [[one.cpu() for one in _run(case)] for case in 20 * cases]
-    assert torch.cuda.current_device() == 0
-    assert_close(found, len(found) * found[:1])
-
-
 @torch.library.custom_op("fused_smoothl1_tests::half_the_loss", mutates_args=())
 def _half_the_loss(input: Tensor, target: Tensor) -> Tensor:
     return smooth_l1_loss(input, target, None, 0.5, sigma=2.0, reduction="sum")

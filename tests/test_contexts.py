@@ -5,8 +5,6 @@ made first is used later: who made it could not know how. On the kernel it holds
 operator, which has to answer to whatever the operations of the composition answer to.
 """
 
-import copy
-import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +21,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from fused_smoothl1 import SmoothL1Loss, functional, smooth_l1_loss
+from fused_smoothl1 import functional, smooth_l1_loss
 from tests import support
 from tests.composed import composed
 from tests.support import DEVICE, KINDS, REDUCTIONS, Loss, boxes, call
@@ -349,25 +347,3 @@ def test_vmap_over_every_operand(kind: str, dim: int) -> None:
         dims = tree_map(lambda own: dim if isinstance(own, Tensor) else None, samples[0])
         found = vmap(loss, dims)(*tree_map(batch, *samples))
         assert_alike(reduction, found, torch.stack([loss(*sample) for sample in samples]))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"beta": 1.0, "reduction": "mean"},
-        {"sigma": 3.0, "reduction": "mean"},
-        {"beta": 0.0, "reduction": "batchmean"},
-    ],
-    ids=str,
-)
-def test_module(options: Any) -> None:
-    """It can be copied, saved and moved, adds nothing to a model's state, and knows hooks."""
-    module, operands = SmoothL1Loss(**options), boxes(6)
-    expected = smooth_l1_loss(*operands, **options)
-    twins = [copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
-    for twin in (*twins, module.half().to(DEVICE).eval()):
-        assert repr(twin) == f"SmoothL1Loss({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-        assert not [*twin.state_dict(), *twin.parameters()]
-        support.assert_equal(twin(*operands), expected)
-    module.register_forward_hook(lambda module, operands, loss: 2 * loss)
-    support.assert_equal(module(*operands), 2 * expected)

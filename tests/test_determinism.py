@@ -6,6 +6,7 @@ GPU does, and the last to arrive must then add the partial sums in an order of i
 """
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fused_smoothl1 import smooth_l1_loss
 from tests import support
-from tests.support import DEVICE, FLOATS, REDUCTIONS, assert_equal, boxes, coin, results
+from tests.support import DEVICE, FLOATS, REDUCTIONS, assert_equal, boxes, check, coin, results
 
 SEVERAL = 5_011  # elements: more tiles of any type than the interpreter has programs, and a tail
 
@@ -66,6 +67,17 @@ def test_order_of_the_programs(seed: int, reduction: str, monkeypatch: pytest.Mo
     assert_equal(_run(operands, reduction), first)
     assert len(set(seen)) > 2, "there were programs to be put in order"
     assert seen != sorted(seen)
+
+
+@support.on_kernel
+@support.needs_no_gpu
+def test_more_partial_sums_than_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU of more than 128 multiprocessors, each with eight programs."""
+    from fused_smoothl1 import launch, launcher
+
+    large = replace(launcher.gpu_of(torch.device("cpu")), multiprocessors=140)
+    monkeypatch.setattr(launch, "gpu_of", lambda _: large)
+    check(*boxes((140 * 8 * 512,), grad=0, dtype=torch.float64))
 
 
 @pytest.mark.smoke

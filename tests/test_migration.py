@@ -1,23 +1,20 @@
-"""Coming from another loss: each old function and its new one agree in loss and gradients.
+"""Coming from a detector's loss: the old function and the new one agree in loss and gradients.
 
-The README's pairs are held against each other at more settings and on both backends. mmdetection's
-and the Faster R-CNN ports' functions are written anew from what they publish, so that no detector
-has to be installed.
+mmdetection's and the Faster R-CNN ports' functions are written anew from what they publish, so that
+no detector has to be installed. (Pairs with PyTorch's losses are in the README, whose blocks run as
+tests.)
 """
 
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name PyTorch users know it by)
+from torch import Tensor
 from torch.testing import assert_close
 
-from fused_smoothl1 import SmoothL1Loss, smooth_l1_loss
+from fused_smoothl1 import smooth_l1_loss
 from tests import support
-from tests.composed import composed
 from tests.support import DEVICE, Loss, boxes, coin, results, values
 
 pytestmark = support.on_both
@@ -43,7 +40,7 @@ def mmdetection(a: Tensor, b: Tensor, weight: Tensor, beta: float, factor: Any =
     return loss.mean() if factor is None else loss.sum().div(factor + EPS)
 
 
-def pairs_of_detectors() -> Pairs:
+def pairs() -> Pairs:
     inside, outside = coin(*SHAPE).double(), draw(*SHAPE).abs()
     ours = partial(smooth_l1_loss, outside_weights=outside, reduction="sum")
     for sigma in (1.0, 3.0):
@@ -59,42 +56,10 @@ def pairs_of_detectors() -> Pairs:
             yield f"avg_factor {factor}", partial(old, factor=7), partial(new, normalizer=factor)
 
 
-def pairs(reduction: Any) -> Pairs:
-    theirs, ours = (partial(f, reduction=reduction) for f in (F.smooth_l1_loss, smooth_l1_loss))
-    for beta in (0.0, 1 / 9, 1.0, 2.5):
-        yield f"beta {beta}", partial(theirs, beta=beta), partial(ours, beta=beta)
-        options: dict[str, Any] = {"beta": beta, "reduction": reduction}
-        yield f"module, beta {beta}", nn.SmoothL1Loss(**options), SmoothL1Loss(**options)
-    for delta in (0.1, 1.0, 3.0):
-        huber = partial(F.huber_loss, delta=delta, reduction=reduction)
-        yield f"Huber, delta {delta}", huber, partial(ours, outside_weights=delta, beta=delta)
-    for k in (1, 10, 50):  # Dynamic R-CNN: the k-th smallest of some errors
-        error = torch.kthvalue(draw(50).abs(), k)[0]
-        criterion = SmoothL1Loss(beta=torch.ones_like(error), reduction=reduction)
-        criterion.get_buffer("beta").copy_(error)
-        for new in (partial(ours, beta=error), criterion):
-            yield f"{k}-th error", partial(theirs, beta=error.item()), new
-    each = draw(9, 1, 1, 1).abs()
-    by_hand, new = partial(composed, beta=each, reduction=reduction), partial(ours, beta=each)
-    yield "beta of samples", by_hand, new
-    yield (
-        "Huber of samples",
-        partial(by_hand, outside_weights=each),
-        partial(new, outside_weights=each),
-    )
-
-
-@pytest.mark.parametrize("group", ["detectors", "none", "sum", "mean"])
-def test_pairs(group: str) -> None:
+def test_pairs() -> None:
     """In float64, where what is left of a difference is no rounding."""
-    for name, old, new in pairs_of_detectors() if group == "detectors" else pairs(group):
+    for name, old, new in pairs():
         operands = boxes(SHAPE, grad=2, dtype=torch.float64)
         before, after = (results(loss, operands, upstream=3.0) for loss in (old, new))
         assert_close(after, before, rtol=1e-12, atol=1e-15, msg=partial("{}: {}".format, name))
         assert all(result.any() for result in after), name
-
-
-def test_modules_without_arguments() -> None:
-    old, new = nn.SmoothL1Loss(), SmoothL1Loss()
-    assert (new.beta, new.reduction) == (old.beta, old.reduction)
-    assert SmoothL1Loss(sigma=3.0).beta is None

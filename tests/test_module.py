@@ -1,11 +1,9 @@
-"""The module is the function with its options kept; a transition point may be a tensor of its own.
-
-(Its pairs with PyTorch's module are in test_migration.py, hooks and copies in test_training.py.)
-"""
+"""The module is the function with its options kept; a tensor among them is a buffer of its own."""
 
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -30,13 +28,26 @@ by_name = pytest.mark.parametrize("name", ["sigma", "beta"])
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_module_is_the_function(reduction: str) -> None:
-    """Its call takes the normalizer; all other options it keeps."""
+def test_is_the_function(reduction: Any) -> None:
+    """With all options kept but the normalizer; it can be copied, saved, moved and hooked."""
     operands, options = call("float32 row mask, int64 normalizer", reduction=reduction)
     expected = loss(*operands, **options)
     normalizer = options.pop("normalizer")
-    criterion: Any = module(**options)
-    assert torch.equal(criterion(*operands, normalizer=normalizer), expected)
+    criterion: Any = SmoothL1Loss(sigma=3.0, reduction=reduction)
+    twins = [copy.copy(criterion), copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
+    for twin in (*twins, criterion.half().to(DEVICE).eval()):
+        assert repr(twin) == f"SmoothL1Loss(sigma=3.0, reduction={reduction!r})"
+        assert not [*twin.state_dict(), *twin.parameters()]
+        assert torch.equal(twin(*operands, normalizer=normalizer), expected)
+    criterion.register_forward_hook(lambda criterion, operands, loss: 2 * loss)
+    assert torch.equal(criterion(*operands, normalizer=normalizer), 2 * expected)
+
+
+def test_options_that_are_kept() -> None:
+    old, new = nn.SmoothL1Loss(), SmoothL1Loss()
+    assert (new.beta, new.reduction) == (old.beta, old.reduction)
+    assert SmoothL1Loss(sigma=3.0).beta is None
+    assert repr(SmoothL1Loss(beta=0.0)) == "SmoothL1Loss(beta=0.0, reduction='mean')"
 
 
 @by_name

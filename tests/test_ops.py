@@ -5,7 +5,6 @@ cut as it says, the operator runs on each part, and the results are put together
 real processes are in `test_distributed.py`.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 from fused_smoothl1 import ops, smooth_l1_loss
-from fused_smoothl1.problem import NO_NEEDS, Problem, gradient_in_forward, make_problem
+from fused_smoothl1.problem import NO_NEEDS, Problem, gradient_in_forward
 from tests import support
 from tests.composed import composed
 from tests.support import CALLS, DEVICE, REDUCTIONS, Loss, boxes, call, results, values
@@ -68,22 +67,12 @@ def in_float64(case: Case) -> Case:
     return tree_map_only(Tensor, wide, case)  # type: ignore[no-any-return]
 
 
-def problem_of(
-    input: Tensor, target: Tensor, inside: Any = None, outside: Any = 1.0, **options: Any
-) -> Problem:
-    """Return what a call of the loss evaluates."""
-    reduction, divisor = options.get("reduction", "mean"), options.get("normalizer")
-    sizes = {"mean": max(input.numel(), 1), "batchmean": math.prod(input.shape[:1])}
-    given = {
-        "outside": options.get("outside_weights", outside),
-        "beta": options.get("beta", options.get("sigma", 1.0) ** -2),
-        "divisor": sizes.get(reduction, 1.0) if divisor is None else divisor,
-    }
-    fields: dict[str, Any] = {
-        name if isinstance(value, Tensor) else f"{name}_number": value
-        for name, value in given.items()
-    }
-    return make_problem(input, target, inside, **fields, reduce=reduction != "none")
+def problem_of(*operands: Any, **options: Any) -> Any:
+    """Return what a call of the loss evaluates, as the operators get it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_smoothl1.functional.is_plain", lambda problem: False)
+        patch.setattr(ops, "loss", lambda problem, sigma: problem)
+        return smooth_l1_loss(*operands, **options)
 
 
 def forward_arguments(problem: Problem) -> tuple[Any, ...]:

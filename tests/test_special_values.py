@@ -166,7 +166,7 @@ def test_extreme_tensors(context: str, beta: float) -> None:
 
 
 BEYOND: list[dict[str, Any]] = [
-    {"normalizer": 1e300, "reduction": "sum"},
+    *({"normalizer": number, "reduction": "sum"} for number in (1e300, 1e-40)),
     *({"outside_weights": number, "reduction": "none"} for number in (1e39, -1e300, NAN)),
     *({"reduction": "none"} | option for option in ({"beta": 1e39}, {"sigma": 10**-19.5})),
 ]
