@@ -99,7 +99,7 @@ sanitizer() {
   # PyTorch asks the driver what may fail, and handles it.
   [[ $1 == memcheck ]] && options+=(--report-api-errors no)
   step "$1" "$2" 15 \
-    "$checker" "${options[@]}" "$python" -m pytest -v -m sanitize tests/test_calls.py
+    "$checker" "${options[@]}" "$python" -m pytest -v -m sanitize tests/test_loss.py
 }
 
 measure() {

@@ -14,26 +14,22 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support import HAS_GPU, HAS_INTERPRETER, HAS_TRITON, NO_INTERPRETER, backend_set
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-hypothesis.settings.register_profile(
+settings.register_profile(
     "the same at every run",
-    deadline=None,
     derandomize=True,
-    database=None,
-    suppress_health_check=[
-        hypothesis.HealthCheck.too_slow,
-        hypothesis.HealthCheck.function_scoped_fixture,
-    ],
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-hypothesis.settings.load_profile("the same at every run")
+settings.load_profile("the same at every run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,9 +91,10 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Let a test draw the same values at every run."""
+def _as_at_first() -> None:
+    """Let a test draw the same values at every run, and compile anew what it compiles."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

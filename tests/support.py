@@ -72,9 +72,7 @@ NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="waits for a machine with Triton")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="waits for a CUDA GPU")
 needs_interpreter = pytest.mark.skipif(not HAS_INTERPRETER, reason=NO_INTERPRETER)
-needs_no_gpu = pytest.mark.skipif(
-    HAS_GPU, reason="waits for a machine without a GPU: for the interpreter"
-)
+needs_no_gpu = pytest.mark.skipif(HAS_GPU, reason="waits for a machine without a GPU")
 
 # On which backends tests run: as `pytestmark` all of a file, as a decorator one that differs.
 on_both = pytest.mark.backends("eager", "triton")
@@ -96,12 +94,19 @@ def backend_set(name: str | None) -> Iterator[None]:
 
 
 def run_python(
-    *arguments: str, gpu: bool = False, timeout: float | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a fresh interpreter, in which none of this run's settings count, nor a GPU by default."""
+    *arguments: str,
+    status: Sequence[int] = (0,),
+    gpu: bool = False,
+    timeout: float = 600,
+    **environment: str,
+) -> str:
+    """Return what a fresh interpreter prints, which must end with one of these statuses.
+
+    None of this run's settings count in it, nor a GPU by default.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FUSED_"))}
     hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env={**kept, **hidden, "PYTHONPATH": str(ROOT), **environment},
@@ -110,6 +115,8 @@ def run_python(
         timeout=timeout,
         check=False,
     )
+    assert done.returncode in status, done.stdout + done.stderr
+    return done.stdout
 
 
 def values(

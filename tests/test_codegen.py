@@ -31,11 +31,9 @@ pytestmark = [support.needs_triton, pytest.mark.parametrize("target", TARGETS)]
 
 @pytest.fixture(scope="module")
 def table() -> list[dict[str, Any]]:
-    done = run_python("-m", "bench", "codegen", "--json")
-    # 1 is what it returns where it finds something, which the tests then name.
-    assert done.returncode in (0, 1), done.stderr
-    told: list[dict[str, Any]] = json.loads(done.stdout)
-    return told
+    # 1 is what it ends with where it finds something, which the tests then name.
+    told = run_python("-m", "bench", "codegen", "--json", status=[0, 1])
+    return list(json.loads(told))
 
 
 @pytest.fixture
@@ -82,10 +80,8 @@ def test_nothing_is_in_the_way_of_memory(kernels: Kernels, target: str) -> None:
 def test_a_beta_for_all_costs_nothing(kernels: Kernels, target: str) -> None:
     """A tensor with one value, beside a number: no more accesses in the loop, no fewer programs."""
     for call in (": forward", ", elementwise: forward", ", elementwise: backward"):
-        number, tensor = (
-            kernels[f"float32 dense{call}"],
-            kernels[f"float32 dense, beta for all{call}"],
-        )
+        number = kernels[f"float32 dense{call}"]
+        tensor = kernels[f"float32 dense, beta for all{call}"]
         assert (tensor["loads"], tensor["stores"]) == (number["loads"], number["stores"])
         assert tensor["instructions"] <= 1.05 * number["instructions"]
         assert tensor["registers"] <= max(number["registers"] + 2, LAUNCHED_AT_ONCE[target[:2]])

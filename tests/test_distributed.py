@@ -10,7 +10,6 @@ import faulthandler
 import math
 import os
 import re
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -183,11 +182,10 @@ def run_checks(rank: int, folder: str) -> None:
 
 @pytest.mark.parametrize("on", ["eager", pytest.param("triton", marks=support.needs_interpreter)])
 def test_two_processes(on: str, tmp_path: Path) -> None:
-    def run(rank: int) -> subprocess.CompletedProcess[str]:
+    def run(rank: int) -> str:
         code = f"from tests import test_distributed as t; t.run_checks({rank}, '{tmp_path}')"
         options: Any = {"FUSED_SMOOTHL1_BACKEND": on, "TRITON_INTERPRET": "1"}
         return support.run_python("-c", code, timeout=SECONDS, **options)
 
     with ThreadPoolExecutor(RANKS) as threads:
-        for process in threads.map(run, range(RANKS)):
-            assert process.returncode == 0, process.stdout + process.stderr
+        list(threads.map(run, range(RANKS)))

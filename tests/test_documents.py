@@ -2,12 +2,15 @@
 
 import ast
 import re
+from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import distributions
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sybil import Document, Example
 from sybil.evaluators.python import pad
 from sybil.parsers.markdown import CodeBlockParser
@@ -15,7 +18,9 @@ from torch import Tensor, autograd
 from torch.testing import assert_close
 
 import fused_smoothl1
-from tests.support import ROOT
+from fused_smoothl1 import smooth_l1_loss
+from tests import support
+from tests.support import DEVICE, ROOT, Loss, boxes, coin, results, values
 
 README, CONTRIBUTING, CHANGELOG = (
     (ROOT / f"{name}.md").read_text(encoding="utf-8")
@@ -57,6 +62,50 @@ BLOCKS = [*Document.parse(str(ROOT / "README.md"), CodeBlockParser("python", run
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
 def test_block_of_the_readme(block: Example) -> None:
     block.evaluate()
+
+
+SHAPE = (9, 4, 3, 2)
+EPS = torch.finfo(torch.float32).eps
+draw = partial(values, dtype=torch.float64)
+
+
+def ported(a: Tensor, b: Tensor, inside: Tensor, outside: Tensor, sigma: float, dim: Any) -> Tensor:
+    """Do what the PyTorch ports of Faster R-CNN do: sum over `dim`, then average what is left."""
+    weighted = inside * (a - b)
+    near = (weighted.abs() < sigma**-2).detach().double()
+    far = weighted.abs() - 0.5 / sigma**2
+    return (outside * (near * (sigma * weighted) ** 2 / 2 + (1 - near) * far)).sum(dim).mean()
+
+
+def mmdetection(a: Tensor, b: Tensor, weight: Tensor, beta: float, factor: Any = None) -> Tensor:
+    """Weight, then average; an average factor has an epsilon added, against a division by 0."""
+    size = (a - b).abs()
+    loss = weight * torch.where(size < beta, size * size / (2 * beta), size - beta / 2)
+    return loss.mean() if factor is None else loss.sum().div(factor + EPS)
+
+
+def detectors() -> Iterator[tuple[str, Loss, Loss]]:
+    inside, outside = coin(*SHAPE).double(), draw(*SHAPE).abs()
+    ours = partial(smooth_l1_loss, outside_weights=outside, reduction="sum")
+    old = partial(ported, inside=inside, outside=outside, sigma=3.0)
+    new = partial(ours, inside_weights=inside, sigma=3.0)
+    # What is left to average is the batch, as in both calls of Faster R-CNN, or more.
+    yield "dim of an RPN", partial(old, dim=(1, 2, 3)), partial(new, reduction="batchmean")
+    yield "any dim", partial(old, dim=(1,)), partial(new, normalizer=9 * 3 * 2)
+    old, new = partial(mmdetection, weight=outside, beta=1 / 9), partial(ours, beta=1 / 9)
+    yield "weight", old, partial(new, reduction="mean")
+    factor = torch.tensor(7 + EPS, dtype=torch.float64, device=DEVICE)
+    yield "avg_factor", partial(old, factor=7), partial(new, normalizer=factor)
+
+
+@support.on_both
+def test_functions_of_detectors() -> None:
+    """Written anew from what they publish, they give what the README's calls for them give."""
+    for name, old, new in detectors():
+        operands = boxes(SHAPE, grad=2, dtype=torch.float64)
+        before, after = (results(loss, operands, upstream=3.0) for loss in (old, new))
+        assert_close(after, before, rtol=1e-12, atol=1e-15, msg=partial("{}: {}".format, name))
+        assert all(result.any() for result in after), name
 
 
 def test_what_the_documents_name() -> None:

@@ -1,4 +1,4 @@
-"""What small random calls do not reach (test_properties.py): sizes, offsets, and scales."""
+"""Every kind of launch, and what small random calls do not reach: sizes, offsets, and scales."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,27 @@ from typing import Any
 import pytest
 import torch
 
+from bench.codegen.calls import calls
 from fused_smoothl1 import smooth_l1_loss
 from tests import support
-from tests.support import DEVICE, FLOATS, HAS_GPU, OPERANDS, REDUCTIONS, boxes, check, coin, values
+from tests.support import CALLS, DEVICE, FLOATS, HAS_GPU, REDUCTIONS, boxes, check, coin, values
 
 pytestmark = support.on_both
+
+
+@pytest.mark.sanitize
+@support.on_kernel
+@pytest.mark.parametrize("rows", [1, 33, 1031])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_kind_of_launch(name: str, rows: int, unpoisoned: None) -> None:
+    """For compute-sanitizer memory that was never written must look so."""
+    operands, options = support.call(name, rows)
+    upstreams: list[Any] = [1.0, 3.7]
+    if options["reduction"] == "none":  # a loss of every element gets a gradient for each
+        view = calls(rows)[CALLS.index(name)].upstream
+        upstreams.append(view(values(*operands[0].shape)))
+    for upstream in upstreams:
+        check(*operands, upstream=upstream, **options)
 
 
 @pytest.mark.smoke
@@ -81,7 +97,7 @@ def test_scales_meet_before_they_are_rounded(
 FAR = [((3, 4), (2**30, 1)), ((2, 4), (2**31, 1)), ((2, 2, 4), (2**30, 2**30 + 8, 1))]
 
 
-@pytest.mark.parametrize("operand", range(4), ids=OPERANDS[:4])
+@pytest.mark.parametrize("operand", range(4), ids=support.OPERANDS[:4])
 @pytest.mark.parametrize(("shape", "strides"), FAR, ids=str)
 @pytest.mark.usefixtures("unpoisoned")
 def test_offsets_beyond_32_bits(shape: Any, strides: Any, operand: int, tmp_path: Path) -> None:

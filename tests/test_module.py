@@ -87,7 +87,6 @@ def test_trains_a_parameter(name: str) -> None:
 @pytest.mark.parametrize("shape", [(), (6, 1)], ids=str)
 def test_one_compilation_for_all_values(shape: Shape) -> None:
     """As an argument and as a buffer, also of values that are not allowed."""
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     criterion = module(beta=torch.ones(shape, device=DEVICE), reduction="sum")
 

@@ -252,9 +252,8 @@ FAULTS = [*BROKEN, *PASSING]
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
-    done = run_python("-m", "tests.test_toolchain")
-    assert done.returncode == 0, done.stderr
-    *_, told = done.stdout.splitlines()  # Triton prints what ptxas says before.
+    # (Triton prints what ptxas says before.)
+    *_, told = run_python("-m", "tests.test_toolchain").splitlines()
     return dict(json.loads(told))
 
 

@@ -75,7 +75,7 @@ def test_strict_type_checker(tmp_path: Path) -> None:
     flags = ["--strict", "--config-file=", f"--cache-dir={ROOT / '.mypy_cache' / 'consumer'}"]
     for file, code in (("right.py", RIGHT), ("wrong.py", WRONG)):
         (tmp_path / file).write_text(code)
-    done = run_python("-c", start, *flags, "right.py", "wrong.py")
-    found = re.findall(r"^(\w+)\.py:(\d+): error", done.stdout, re.MULTILINE)
+    said = run_python("-c", start, *flags, "right.py", "wrong.py", status=[1])
+    found = re.findall(r"^(\w+)\.py:(\d+): error", said, re.MULTILINE)
     wrong = {("wrong", f"{n}") for n, line in enumerate(WRONG.splitlines(), 1) if "  # " in line}
-    assert {*found} == wrong, done.stdout + done.stderr
+    assert {*found} == wrong, said
