@@ -170,10 +170,14 @@ for name in ("forward", "backward"):
 functional.smooth_l1_loss(torch.ones(6, requires_grad=True), torch.zeros(6)).backward()
 assert "triton" in modules or "triton" not in sys.modules
 assert "fused_smoothl1.kernel" not in sys.modules
-# To import DTensor takes a second, for operators too.
-functional.is_eager = lambda device: False
-functional._load_sharding(torch.device("cpu"))
-assert not {"torch.distributed.tensor", "fused_smoothl1.sharding"} & set(sys.modules)
+# To import DTensor takes a second. Where it is in use, the kernel's operators need their rules.
+functional.is_eager = lambda device: device.type == "cpu"
+functional._load_sharding(torch.device("cuda"))
+assert "torch.distributed.tensor" not in sys.modules
+import torch.distributed.tensor
+for device in ("cpu", "cuda"):
+    functional._load_sharding(torch.device(device))
+    assert ("fused_smoothl1.sharding" in sys.modules) == (device == "cuda")
 """
 
 
