@@ -71,8 +71,8 @@ step() {
 }
 
 # suite NAME LIMIT_SECONDS ARGUMENTS...: pytest, on all cores where pytest-xdist is installed.
-# Compiling the kernel for each type and layout is most of the time: it is handed out test by test,
-# in the order given. What fails is told at once: a suite that is stopped prints no report.
+# Compiling the kernel for each type and layout is most of the time: so tests are handed out a few at
+# a time, in the order given. What fails is told at once: a suite that is stopped prints no report.
 suite() {
   local name=$1 limit=$2 workers=()
   shift 2

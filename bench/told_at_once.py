@@ -4,6 +4,6 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Print it, in the process that has the terminal."""
+    """Print it (of xdist's processes, only the main one's output is seen)."""
     if report.failed:
         print(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", flush=True)

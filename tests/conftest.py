@@ -33,15 +33,17 @@ settings.load_profile("the same at every run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("markexpr") == "sanitize":
-        # Each tensor is an allocation of its own then, whose ends compute-sanitizer guards.
-        os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     # The tensors are small, and on a busy machine threads wait for each other far longer than
     # they work.
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # A property of a module that is an object, which type checkers do not know.
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
+    if config.getoption("markexpr") == "sanitize":
+        # Compute-sanitizer finds what was never written by itself, and accesses beyond a tensor's
+        # end if each is an allocation of its own.
+        os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # A property of a module that is an object, which type checkers do not know.
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     for harmless in (
         # Deterministic mode is here for the NaN fill only; what it says about other operators of
         # PyTorch is not a finding about this package.
@@ -65,8 +67,8 @@ def _strict_interpreter() -> None:
 def unpoisoned() -> Iterator[None]:
     """Leave uninitialised memory alone, and take PyTorch's fast operators.
 
-    It is for tests that reserve far more than they touch, or count or time what others do. On a GPU
-    they give back what they reserved: it would be missing in another process.
+    It is for tests that reserve far more than they touch, or that count or time PyTorch's
+    operators. On a GPU they give back what they reserved: it would be missing in another process.
     """
     torch.use_deterministic_algorithms(False)
     yield
@@ -91,7 +93,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _as_at_first() -> None:
+def _fresh_start() -> None:
     """Let a test draw the same values at every run, and compile anew what it compiles."""
     torch.manual_seed(0)
     torch._dynamo.reset()

@@ -1,8 +1,8 @@
-"""Triton's interpreter, as strict as a GPU and quicker. To be imported where Triton is.
+"""Triton's interpreter, as strict as a GPU and quicker. Import it only where Triton is installed.
 
 What a GPU does to a kernel, and Triton's interpreter by itself does not:
 
-- It stops at an address that belongs to nobody, or reads from it what then reaches no result. Here
+- It crashes at a foreign address, or reads there what then reaches no result. Here
   every access of every launch must lie inside one tensor that was given to the launch, and what is
   written inside an output or a workspace.
 - It takes hints at their word: `tl.multiple_of` and `tl.max_contiguous` decide how wide an access

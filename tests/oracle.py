@@ -50,13 +50,13 @@ def _transition(sigma: Any, beta: Any, shape: tuple[int, ...]) -> tuple[Array, A
     """
     with np.errstate(all="ignore"):
         if sigma is not None:
-            of_sigma = as_float64(sigma)
-            values = np.where(of_sigma > 0, 1 / of_sigma**2, np.nan)
-            slope = np.where(of_sigma > 0, -2 / of_sigma**3, np.nan)
+            value = as_float64(sigma)
+            transition = np.where(value > 0, 1 / value**2, np.nan)
+            of_sigma = np.where(value > 0, -2 / value**3, np.nan)
         else:
-            values, slope = as_float64(1.0 if beta is None else beta), np.zeros(())
-            values = np.where((values >= 0) & (values < np.inf), values, np.nan)
-    return np.broadcast_to(values, shape), np.broadcast_to(slope, shape)
+            value, of_sigma = as_float64(1.0 if beta is None else beta), np.zeros(())
+            transition = np.where((value >= 0) & (value < np.inf), value, np.nan)
+    return np.broadcast_to(transition, shape), np.broadcast_to(of_sigma, shape)
 
 
 def sum_to_shape(gradient: Array, operand: Any) -> Array | None:

@@ -3,9 +3,9 @@
 Tolerances are derived, not guessed. The package computes in the accumulator's dtype (float32, or
 float64 where an operand is float64), so a value that is not a sum passes through at most ROUNDINGS
 roundings of that dtype, each of half an epsilon, and the loss at most doubles the relative error
-of x. A sum of n terms made as a tree, of any shape, adds about log2(n) roundings of the sum of
-the terms' absolute values. Storing in 16 bits adds one rounding, or two where a saved gradient is
-multiplied by an upstream gradient afterwards.
+of x. A sum of n terms made as a tree, of any shape, adds no more than 2 log2(n) roundings of the
+sum of the terms' absolute values. Storing in 16 bits adds half an epsilon, or one where a saved
+gradient is multiplied by an upstream gradient afterwards.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from bench.codegen.calls import calls
+from bench.codegen.calls import Call, calls
 from fused_smoothl1 import dispatch, smooth_l1_loss
 from fused_smoothl1.functional import Reduction
 from tests import oracle
@@ -64,8 +64,8 @@ def _triton() -> tuple[int, ...]:
 
 TRITON_VERSION = _triton()
 HAS_TRITON = bool(TRITON_VERSION)
-# That of Triton 3.6 and older does not work with NumPy 2.4 and newer. (On a GPU, what runs on the
-# CPU all the same still needs the interpreter.)
+# The interpreter of Triton 3.6 and older fails with NumPy 2.4 and newer. (Tests that run on the CPU
+# need it on a machine with a GPU too.)
 OLD_NUMPY = np.lib.NumpyVersion(np.__version__) < "2.4.0"
 HAS_INTERPRETER = HAS_TRITON and (TRITON_VERSION >= (3, 7) or OLD_NUMPY)
 NO_INTERPRETER = "waits for a Triton whose interpreter works with this NumPy"
@@ -80,17 +80,27 @@ on_eager = pytest.mark.backends("eager")
 on_kernel = pytest.mark.backends("triton")
 
 
+def from_readme(name: str) -> Any:
+    """Return a function that a block of the README defines."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^```python\n((?:(?!```).)*def {name}\(.*?)^```", text, re.M | re.S)
+    namespace: dict[str, Any] = {}
+    exec(block, namespace)
+    return namespace[name]
+
+
 @contextmanager
 def backend_set(name: str | None) -> Iterator[None]:
     """Choose a backend (None: leave the choice unset) as for a new process, which reads it once."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_SMOOTHL1_BACKEND", name or "")
         if name is None:
-            patch.delenv("FUSED_SMOOTHL1_BACKEND", raising=False)
-        else:
-            patch.setenv("FUSED_SMOOTHL1_BACKEND", name)
+            patch.delenv("FUSED_SMOOTHL1_BACKEND")
         dispatch._backends.clear()
-        yield
-    dispatch._backends.clear()
+        try:
+            yield
+        finally:
+            dispatch._backends.clear()
 
 
 def run_python(
@@ -165,13 +175,18 @@ def boxes(
     return [made(i, operand) for i, operand in enumerate((size, size, *weights))]
 
 
+def catalogued(name: str, rows: int) -> Call:
+    """Return the call of the catalogue that goes by this name, "float32 dense" for example."""
+    (found,) = (one for one in calls(rows) if f"{one.dtype} {one.name}" == name)
+    return found
+
+
 def call(name: str, rows: int = 6, **options: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Return operands and options of a call of the catalogue, "float32 dense" for example.
+    """Return operands and options of a call of the catalogue.
 
     Where a mask does not select, NaN and inf stand in input and target. The options are changed as
     given; a normalizer is left out unless the reduction is a sum.
     """
-    (found,) = (one for one in calls(rows) if f"{one.dtype} {one.name}" == name)
 
     def make(*shape: int, dtype: str) -> Tensor:
         kind = getattr(torch, dtype)
@@ -179,7 +194,7 @@ def call(name: str, rows: int = 6, **options: Any) -> tuple[list[Any], dict[str,
             return torch.tensor(7, dtype=kind, device=DEVICE)
         return coin(*shape).to(kind) if kind in MASKS else values(*shape, dtype=kind)
 
-    operands, own = found.bind(make)
+    operands, own = catalogued(name, rows).bind(make)
     for mask in operands[2:]:
         if mask.dtype in MASKS:
             excluded = (mask == 0).expand(operands[0].shape)
@@ -249,27 +264,24 @@ def assert_near(
     computed_in: torch.dtype,
     magnitude: npt.NDArray[np.float64] | None = None,
     terms: int = 1,
-    storage_roundings: float = 0.5,
+    storage_epsilons: float = 0.5,
 ) -> None:
     """Compare with the oracle: the same NaN, the same infinities, and the rest within bounds.
 
     `magnitude` is the sum of the absolute values of the terms where `expected` is a sum.
     """
     assert tuple(actual.shape) == expected.shape, f"{what}: shape {tuple(actual.shape)}"
-    stored, inside, got = (
-        torch.finfo(actual.dtype),
-        torch.finfo(computed_in),
-        oracle.as_float64(actual),
-    )
+    stored, computed = torch.finfo(actual.dtype), torch.finfo(computed_in)
+    got = oracle.as_float64(actual)
     with np.errstate(all="ignore"):
         rounded = oracle.as_float64(torch.from_numpy(np.array(expected)).to(actual.dtype))
         special = ~np.isfinite(rounded)
         np.testing.assert_array_equal(got[special], rounded[special], err_msg=what)
         size = np.abs(expected) if magnitude is None else np.maximum(magnitude, np.abs(expected))
-        bound = (ROUNDINGS + 2 * math.log2(max(terms, 1))) * 0.5 * inside.eps * size
-        if stored.eps > inside.eps:
-            bound += storage_roundings * stored.eps * np.abs(expected)
-        bound += stored.smallest_normal * stored.eps + inside.smallest_normal
+        bound = (ROUNDINGS + 2 * math.log2(max(terms, 1))) * 0.5 * computed.eps * size
+        if stored.eps > computed.eps:
+            bound += storage_epsilons * stored.eps * np.abs(expected)
+        bound += stored.smallest_normal * stored.eps + computed.smallest_normal
         error = np.abs(got - expected)
     np.testing.assert_array_less(error[~special], bound[~special], err_msg=what)
 
@@ -299,11 +311,11 @@ def check(
     beta: Any = None,
     upstream: Any = 1.0,
     **options: Any,
-) -> dict[str, Tensor]:
+) -> None:
     """Hold the loss, and the gradient of each operand that requires one, against the oracle.
 
-    Also asserts what is true of every call: dtypes, shapes, the gradient's strides, and that no
-    operand was written to. Returns the loss and the gradients by name.
+    Also asserts what is true of every call: devices, dtypes, shapes, the input's memory format, and
+    that no operand was written to.
     """
     given = (input, target, inside_weights, outside_weights, sigma, beta)
     operands = dict(zip(OPERANDS, given, strict=True))
@@ -315,6 +327,8 @@ def check(
 
     assert loss.dtype == loss_dtype(reduction, *given)
     assert loss.device == input.device
+    layout = torch.empty_like(input).stride()
+    assert loss.stride() in (layout, ())
     # As autograd hands it down, so that the oracle multiplies by the same rounded number.
     grad_output = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device)
     sources = {name: t for name, t in tensors.items() if t.requires_grad}
@@ -339,9 +353,9 @@ def check(
         operand = operands[name]
         assert gradient.dtype == operand.dtype, f"{name}: gradient in {gradient.dtype}"
         magnitude, terms = None, 1
-        if name == "input":
-            assert gradient.stride() == torch.empty_like(input).stride(), gradient.stride()
-        if name not in OPERANDS[:2]:
+        if name in OPERANDS[:2]:
+            assert gradient.stride() == layout, f"{name}: gradient with strides {gradient.stride()}"
+        else:
             magnitude, terms = _magnitude(name, operands, **settings)
         assert_near(
             f"gradient of {name}",
@@ -352,9 +366,8 @@ def check(
             terms=terms,
             # A saved gradient is rounded, multiplied by the upstream gradient and rounded again.
             # Not in float16: its values must meet the upstream gradient first.
-            storage_roundings=0.51 if operand.dtype == torch.float16 else 1.01,
+            storage_epsilons=0.51 if operand.dtype == torch.float16 else 1.01,
         )
     for tensor, (value, version) in zip(tensors.values(), before, strict=True):
         assert tensor._version == version, "an operand was written to"
         assert_equal(tensor.detach(), value)
-    return {"loss": loss.detach(), **gradients}

@@ -55,9 +55,9 @@ def test_backward_again_and_again(name: str, reduction: str, first: float) -> No
             gradient.fill_(math.nan)
         kept += gradients if above._is_zerotensor() else (above, *gradients)
     assert len({tensor.data_ptr() for tensor in kept}) == len(kept)
-    torch.autograd.grad(loss, wanted, above)
+    torch.autograd.grad(loss, wanted, torch.ones_like(loss))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(loss, wanted, above)
+        torch.autograd.grad(loss, wanted, torch.ones_like(loss))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -86,13 +86,15 @@ def test_operand_modified_before_backward(name: str, dtype: torch.dtype) -> None
             assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", support.FLOATS[2:], ids=str)
 def test_gradient_is_rounded_after_the_sum(dtype: torch.dtype) -> None:
-    """Its 3,000 terms near 1000 of both signs cancel: rounded one by one, they would not."""
+    """Terms near ±4000 cancel unless each is rounded; small ones of beta would become 0."""
     signs = torch.tensor([1.0, -1.0], device=DEVICE).repeat(1500)[:, None]
-    input, target, *others = boxes((3000, 3), (1, 3), ())
-    inside, beta = (other.abs().to(dtype).requires_grad_() for other in others)
-    support.check(input + 1000, target, inside, signs, beta=beta, reduction="sum")
+    input, target, inside = boxes((3000, 3), (1, 3))
+    inside = inside.abs().to(dtype).requires_grad_()
+    support.check(input + 4000, target, inside, signs, reduction="sum")
+    beta = torch.ones((), dtype=dtype, device=DEVICE, requires_grad=True)
+    support.check(*boxes(1250, grad=0, scale=7e-3), beta=beta, upstream=8.0)
 
 
 ROWS, COLUMNS = torch.tensor([[True], [False]]), torch.tensor([1, 0, 7], dtype=torch.uint8)

@@ -109,7 +109,7 @@ def test_an_interrupted_busy_run(
 ) -> None:
     """A process for each core spins while it measures, and none after it.
 
-    Figures are written as they come: lost is the workload in hand, and neither file nor picture.
+    Figures are written as they come: only those of the workload in hand are lost.
     """
     started: list[subprocess.Popen[bytes]] = []
 

@@ -97,7 +97,7 @@ def cell(row: str, loss: Any) -> str:
             return "both" if found.isclose(loss(input, target)) else "one of them"
         case "launches on a GPU, both passes, no weights":
             if loss is smooth_l1_loss:
-                return "at most 2"  # What tests/test_launches.py counts.
+                return "at most 2"  # What tests/test_costs.py counts.
             with Traffic() as seen:
                 grad(loss(input, target), input)
             return "several" if len(seen.kernels) > 2 else f"{len(seen.kernels)}"

@@ -110,7 +110,7 @@ def test_one_launch_and_a_product(launches: list[str]) -> None:
 @pytest.mark.filterwarnings("error:Dynamo")
 @pytest.mark.parametrize("mode", ["no_grad", "train", "transform"])
 def test_runs_as_it_stands_where_the_compiler_gives_up(mode: str) -> None:
-    """It would go on with what the call is made of, down to the launch."""
+    """Otherwise Dynamo would go on into this package's own functions, down to the launch."""
     x, target = boxes(6, grad=mode == "train")
     nodes: list[Any] = []
 
@@ -120,9 +120,7 @@ def test_runs_as_it_stands_where_the_compiler_gives_up(mode: str) -> None:
             return torch.func.grad(loss)(x)
         with torch.set_grad_enabled(mode == "train"):
             value = loss(x)
-        if mode == "train":
-            value.backward()
-        return value
+        return torch.autograd.grad(value, x)[0] if mode == "train" else value
 
     partly = torch.compile(step, backend=recorder(nodes))
     # (As an argument of a compiled function, one of NumPy's numbers is an array.)
@@ -194,7 +192,7 @@ NUMBERS: list[tuple[str, Any, str, dict[str, Any]]] = [
 def test_numbers_that_change(
     name: str, numbers: Any, weights: str, options: dict[str, Any]
 ) -> None:
-    """They are right, and hardly ever compiled for."""
+    """Right, and in few graphs: one of the first number, and one or two of all others."""
     x, target, rows = boxes(6, (6, 1), dtype=options.get("dtype", torch.float32))
     inside = rows > 0 if weights == "mask" else rows
 
@@ -223,7 +221,7 @@ def test_attribute_of_a_module() -> None:
 
 @pytest.mark.parametrize(("name", "number"), [("sigma", 1e-20), ("beta", 1e39)])
 def test_numbers_beyond_the_largest(name: str, number: float) -> None:
-    """Where the difference of two numbers is inf, the loss is, whoever put a symbol for beta."""
+    """An infinite difference has an infinite loss, also if a symbol stands for such a beta."""
     x, loss = torch.tensor([3e38, 1.0, -torch.inf], device=DEVICE), compiled()
     for factor in (1, 2, 3):
         options: dict[str, Any] = {"reduction": "none", name: factor * number}

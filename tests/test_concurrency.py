@@ -27,6 +27,8 @@ from tests.support import CALLS, DEVICE, FLOATS, KINDS, assert_equal, boxes, cal
 Run = Callable[[], list[Any]]
 Context = Callable[[list[Run]], Iterator[list[Any]]]
 OPTIONS: dict[str, Any] = {"upstream": 1.5, "sigma": 2.0, "reduction": "sum"}
+# Warms up on a side stream, captures, and returns the graph and its results.
+_capture: Callable[[Run], tuple[torch.cuda.CUDAGraph, list[Any]]] = support.from_readme("captured")
 _run: Callable[[list[Any]], list[Tensor]] = partial(results, smooth_l1_loss, **OPTIONS)
 _compose: Callable[[list[Any]], list[Tensor]] = partial(results, composed, **OPTIONS)
 
@@ -37,20 +39,6 @@ def _finished() -> Iterator[None]:
     yield
     if support.HAS_GPU:
         torch.cuda.synchronize()
-
-
-def _capture(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """Warm up on a side stream, as PyTorch asks for, and capture."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-    return graph, found
 
 
 def on_streams(runs: list[Run]) -> Iterator[list[Any]]:
@@ -135,7 +123,7 @@ def test_at_once(context: Context) -> None:
 @pytest.mark.parametrize("rows", [33, 200_003], ids=["one_block", "many"])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_kind_of_call(name: str, rows: int) -> None:
-    """And a graph computes with new values: nothing of them was read when it was made."""
+    """A replayed graph computes with new values: none was read when it was captured."""
     (operands, options), *others = [call(name, rows) for _ in range(3)]
     run = partial(results, smooth_l1_loss, operands, 1.5, **options)
     for context in (on_streams, in_graphs):
@@ -153,17 +141,17 @@ def test_every_kind_of_call(name: str, rows: int) -> None:
 
 
 @torch.library.custom_op("fused_smoothl1_tests::half_the_loss", mutates_args=())
-def _half_the_loss(input: Tensor, target: Tensor) -> Tensor:
-    return smooth_l1_loss(input, target, None, 0.5, sigma=2.0, reduction="sum")
+def _half_the_loss(input: Tensor, target: Tensor, sigma: float, reduction: str) -> Tensor:
+    return smooth_l1_loss(input, target, None, 0.5, sigma=sigma, reduction=reduction)  # type: ignore
 
 
 @_half_the_loss.register_fake
-def _(input: Tensor, target: Tensor) -> Tensor:
+def _(input: Tensor, target: Tensor, sigma: float, reduction: str) -> Tensor:
     return input.new_empty(())
 
 
-def _through_an_operator(*pair: Tensor, **_: Any) -> Any:
-    return 2 * _half_the_loss(*pair)
+def _through_an_operator(*pair: Tensor, **options: Any) -> Any:
+    return 2 * _half_the_loss(*pair, **options)  # The product is what the compiler sees of it.
 
 
 @support.needs_gpu
@@ -214,7 +202,7 @@ def first_in_a_backward_pass() -> None:
 def first_in_a_capture(after_others: bool = False) -> None:
     """It succeeds, or says why; then the library works as ever.
 
-    Others are of one program, and of another type.
+    The others are a launch of one program, and one of another dtype.
     """
     if after_others:
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,8 +1,8 @@
 """The loss amid all that PyTorch puts around a call: it gives what the composition gives there.
 
-Backward passes are run by many, transforms of torch.func see every operation, and a graph that was
-made first is used later: who made it could not know how. On the kernel it holds a registered
-operator, which has to answer to whatever the operations of the composition answer to.
+Autograd, its compiler and torch.func run backward passes, each in its own way. A graph may be
+captured in one context and used in another: with the kernel it holds a registered operator, which
+must then do all that the operations of the composition do.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +28,13 @@ from tests.support import DEVICE, KINDS, REDUCTIONS, Loss, boxes, call
 
 pytestmark = support.on_both
 
+# The next two are made in `bound`; all other kinds are calls of the catalogue.
 WIDER_TARGET = "float64 target, weights of NaN where the mask excludes"
+NO_DIMENSIONS = "float32, no dimensions, numbers"
 WEIGHTS = "float32 row and column weights, all gradients"
 SHORTER_TARGET = "float32, bfloat16 dense, both gradients"
-NO_DIMENSIONS = "float32, no dimensions, numbers"
 ALL_KINDS = (*KINDS, "float16 dense", SHORTER_TARGET, WIDER_TARGET, NO_DIMENSIONS)
-# (Graphs take longer; and those of make_fx before autograd take what L1 saves for a constant.)
+# (Graphs take longer. L1 is left out: make_fx before autograd makes constants of what it saves.)
 FEW_KINDS = (WEIGHTS, "float32 beta of rows, its gradient", SHORTER_TARGET, WIDER_TARGET)
 
 
@@ -103,7 +104,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Graph:
-    """Autograd's graph of twice a loss, at which a temporary arrives that could be reused."""
+    """The graph of 2 * loss: the loss is sent a temporary, whose memory may be reused."""
 
     def __init__(self, f: Loss, sources: Sequence[Tensor]) -> None:
         self.leaves = leaves(sources)
@@ -126,7 +127,7 @@ def _create_graph(g: Graph) -> Any:
 
 
 def _dual_above(g: Graph) -> Any:
-    """A tangent of what arrives alone: the graph was made without forward mode."""
+    """Only the upstream gradient has a tangent: the graph was made without forward mode."""
     with forward_ad.dual_level():
         duals = g.pullback(forward_ad.make_dual(g.above, 3 * g.above + 1))
         return [[part.clone() for part in forward_ad.unpack_dual(dual)] for dual in duals]
@@ -155,7 +156,7 @@ BACKWARDS: dict[str, Callable[[Graph], Any]] = {
 
 
 def backward(use: Callable[[Graph], Any], f: Loss, *sources: Tensor) -> Any:
-    """Return what comes of a use, which is not written to later, and of a pass after it."""
+    """Return the results of a use, and of a backward pass after it that must not overwrite them."""
     graph = Graph(f, sources)
     return use(graph), graph.pullback(graph.above, retain_graph=False)
 
@@ -286,13 +287,17 @@ def test_graph(capture: str, kind: str, reduction: str) -> None:
         assert_alike(name, *(USES[name](graph, *shifted(sources, 0.1)) for graph in graphs))
 
 
-@pytest.mark.parametrize("of", [gradients, gradients_of_gradients, second_gradient])
-@pytest.mark.parametrize("capture", ["make_fx", "make_fx before autograd"])
+@pytest.mark.parametrize(
+    ("capture", "of"),
+    [
+        ("make_fx", gradients),
+        ("make_fx", gradients_of_gradients),
+        ("make_fx", second_gradient),
+        ("make_fx before autograd", second_gradient),
+    ],
+)
 def test_graph_of_derivatives(capture: str, of: Any) -> None:
-    """Transforms that come before the trace, and second gradients.
-
-    (Before autograd, PyTorch takes what a transform sees for a constant, in the composition too.)
-    """
+    """Transforms inside of the trace, and second gradients."""
     ours, theirs, sources = bound(WEIGHTS, "mean")
     graphs = [CAPTURES[capture](of(f), leaves(sources)) for f in (ours, theirs)]
     assert_alike(capture, *(graph(*leaves(shifted(sources))) for graph in graphs))
@@ -300,7 +305,7 @@ def test_graph_of_derivatives(capture: str, of: Any) -> None:
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled(compiler: str) -> None:
-    """Inside of each other: nothing tells compiled code that forward mode is at work now or not."""
+    """Under transforms, and around them: compiled code cannot know if forward mode is on."""
     ours, theirs, sources = bound(WEIGHTS, "mean")
     compiled = torch.compile(ours, backend=compiler)
     for use in ("backward", "dual", "jvp", "backward thrice", "dual", "checkpoint"):
@@ -314,7 +319,7 @@ def test_compiled(compiler: str) -> None:
     "kind", ["float16 dense", "bfloat16 dense", "float64 dense, all gradients"]
 )
 def test_compiled_in_autocast(kind: str) -> None:
-    """Each element has the loss in float32, or float64, whichever is around the other."""
+    """The loss is float32 or float64, with autocast inside the compiled code or around it."""
     ours, theirs, sources = bound(kind, "none")
     compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
     for loss in (compiled(in_autocast(ours)), in_autocast(compiled(ours))):
@@ -322,6 +327,7 @@ def test_compiled_in_autocast(kind: str) -> None:
         assert_alike(kind, *pair)
 
 
+@support.on_eager
 def test_autocast_counts_for_its_own_device() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = {device: functional._is_autocast(device) for device in ("cpu", "cuda", "meta")}

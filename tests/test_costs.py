@@ -17,12 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.codegen.calls import calls
 from fused_smoothl1 import eager, smooth_l1_loss
 from tests import support
 from tests.support import CALLS, DEVICE, HAS_GPU, REDUCTIONS, boxes, call, requiring_grad
 
-WORKSPACE = 64 * 1024 if HAS_GPU else 6 * 1024
+WORKSPACE = 64 * 1024 if HAS_GPU else 1024
 LOSSES = 2**22
 # Elements so many that their copy, even in bytes, exceeds what is allowed besides.
 SIZES = {"eager": LOSSES, "triton": 2**24 if HAS_GPU else 2**13}
@@ -34,7 +33,7 @@ WAITS = "_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero"
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
-    """Spare each collection below the hundreds of thousands of objects that PyTorch is made of."""
+    """Keep the many objects that PyTorch is made of out of each collection in this file."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -64,7 +63,7 @@ def test_launches(name: str, launches: list[str]) -> None:
 
 @support.on_kernel
 def test_fewer_launches(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """None without elements; and under no_grad autograd takes no part, which costs host time."""
+    """None without elements; and under no_grad autograd, which costs host time, takes no part."""
     for empty, reduction in itertools.product([(0,), (0, 4), (3, 0)], REDUCTIONS):
         assert _counts(launches, boxes(empty), reduction=reduction) == (0, 0)
     monkeypatch.setattr("fused_smoothl1.functional.apply", None)
@@ -73,8 +72,8 @@ def test_fewer_launches(launches: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @support.needs_triton
-def test_no_number_is_compiled_in() -> None:
-    """One kernel serves every value: Triton passes what is a float64 by its type."""
+def test_numbers_are_annotated_as_float64() -> None:
+    """So Triton specialises the kernel on none of their values."""
     from fused_smoothl1.kernel import smooth_l1_kernel
 
     for name in ("beta", "inverse_beta", "inverse_divisor", "outside_number"):
@@ -127,7 +126,7 @@ def _step(operands: list[Any], upstream: float = 2.0, **options: Any) -> int:
 
 
 def _besides(*call: Any, **options: Any) -> int:
-    """Return the most bytes that a step allocates at once beside its results; none are kept."""
+    """Return the most bytes that a step allocates beside its results; none must stay allocated."""
     results = _step(*call, **options)  # Workspaces are made once and kept.
     peak, kept = _watch(lambda: _step(*call, **options))
     assert peak >= results
@@ -143,7 +142,7 @@ def test_the_instrument_sees_a_copy() -> None:
 @support.on_kernel
 @pytest.mark.parametrize("name", CALLS)
 def test_no_operand_is_copied(name: str, backend: str) -> None:
-    operands, options = dict(zip(CALLS, calls(SIZES[backend] // 4), strict=True))[name].bind(_ones)
+    operands, options = support.catalogued(name, SIZES[backend] // 4).bind(_ones)
     # (Gradients of weights and beta have a buffer, in which they are summed.)
     for tensor in requiring_grad(operands[2:], options):
         tensor.requires_grad_(False)

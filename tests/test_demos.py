@@ -23,7 +23,7 @@ PAIRS = [(PROMPT, ANSWER), (PROMPT, LENGTH * "a"), (LENGTH * "a", ANSWER)]
 
 
 def test_formulas() -> None:
-    """What differs between two trainings is who computes the loss."""
+    """The two formulas of a demo give the same loss and gradients."""
     maps, states = (2, 36, 5, 7), (3, 9, 8)
     for demo, operands in (
         (train, boxes(maps, maps, maps)),
@@ -42,7 +42,7 @@ def test_mask_of_the_drafter() -> None:
 
 
 def test_a_training_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps teach both drafters what is the most frequent character."""
+    """Both drafters get better in two steps (else the status is 1), and end alike."""
     fit: Any = language_model.fit
     monkeypatch.setattr(language_model, "fit", lambda *given: fit(*given[:3], 2, "few steps"))
     monkeypatch.setattr(drafter, "HELD_OUT", 8)

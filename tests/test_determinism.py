@@ -21,7 +21,7 @@ SEVERAL = 5_011  # elements: more tiles of any type than the interpreter has pro
 
 
 def _operands(n: int = SEVERAL, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    # Magnitudes over nine decades: any other order of a float32 sum gives other bits.
+    # Over nine decades, so that a sum in another order has other bits, in float64 at least.
     spread = torch.logspace(-5, 4, n, dtype=torch.float64)[torch.randperm(n)].to(DEVICE)
     input, target, mask, weights = boxes((n,), coin(n), (n,), grad=0, dtype=torch.float64)
     trained = [tensor.to(dtype).requires_grad_() for tensor in (input * spread, target)]
@@ -47,9 +47,8 @@ def test_repeated_runs(reduction: str, dtype: torch.dtype) -> None:
 
 @support.on_kernel
 @support.needs_no_gpu
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("seed", range(3))
-def test_order_of_the_programs(seed: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_the_programs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import interpreter_builder as builder
 
     seen: list[int] = []
@@ -60,13 +59,12 @@ def test_order_of_the_programs(seed: int, reduction: str, monkeypatch: pytest.Mo
         seen.append(random.Random(seed).sample(programs, len(programs))[x])
         original(seen[-1], y, z)
 
-    operands = _operands()  # Float32 would round a difference away.
-    first = _run(operands, reduction)
-    _run(_operands(), reduction)  # Leaves other partial sums behind.
+    operands = _operands()
+    first = _run(operands)
+    _run(_operands())  # Leaves other partial sums behind.
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-    assert_equal(_run(operands, reduction), first)
-    assert len(set(seen)) > 2, "there were programs to be put in order"
-    assert seen != sorted(seen)
+    assert_equal(_run(operands), first)
+    assert sorted(seen[:8]) == [*range(8)] != seen[:8]
 
 
 @support.on_kernel

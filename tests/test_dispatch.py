@@ -29,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda *_: gpu)
     monkeypatch.setattr(torch, "version", gpu)
     if HAS_TRITON:
-        from fused_smoothl1 import launch  # noqa: F401 (It keeps the function that it finds.)
+        from fused_smoothl1 import launch  # noqa: F401 (First: it keeps the gpu_of that it finds.)
 
         monkeypatch.setattr("fused_smoothl1.launcher.gpu_of", lambda _: None)
     with backend_set(None):
@@ -71,7 +71,7 @@ def test_kernel(device: str, facts: dict[str, Any], gpu: SimpleNamespace) -> Non
 
 @pytest.mark.parametrize("choice", ["auto", "eager", None])
 def test_eager(choice: str | None, gpu: SimpleNamespace, no_triton: None) -> None:
-    """Where nobody expects the kernel, nothing is said of what there is not for it."""
+    """Where no kernel is expected, there is no warning, whatever is missing for it."""
     gpu.capability, gpu.has_fp64 = (6, 1), False
     with backend_set(choice):
         for device in (*WITHOUT_KERNEL, *(("cuda", "xpu") if choice == "eager" else ())):
@@ -115,7 +115,7 @@ def test_gpu_without_kernel(
 
 @pytest.mark.parametrize("loss", [smooth_l1_loss, SmoothL1Loss()])
 def test_warning(loss: Loss, no_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is given once, and names the line of the caller."""
+    """It is given once, and names the caller's file."""
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
     with backend_set("auto"), pytest.warns(RuntimeWarning, match="fused_smoothl1") as caught:
         losses = [loss(*boxes(6)) for _ in range(2)]
@@ -181,5 +181,5 @@ for device in ("cpu", "cuda"):
 """
 
 
-def test_nothing_is_imported_before_it_is_needed() -> None:
+def test_import_has_no_side_effects() -> None:
     support.run_python("-c", IMPORTS, TRITON_INTERPRET="1")

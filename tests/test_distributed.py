@@ -9,7 +9,6 @@ import copy
 import faulthandler
 import math
 import os
-import re
 import time
 import traceback
 from collections.abc import Callable
@@ -32,16 +31,13 @@ from torch.utils._pytree import tree_map_only
 
 from fused_smoothl1 import smooth_l1_loss
 from tests import support
-from tests.support import KINDS, ROOT, Loss, call, coin, results, values
+from tests.support import KINDS, Loss, call, coin, results, values
 
 RANKS = 2
 SECONDS = 120
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="waits for PyTorch with gloo"
 )
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-(BOX_LOSS,) = re.findall(r"^```python\n((?:(?!```).)*def box_loss.*?)^```", README, re.M | re.S)
 
 WEIGHTS, MASK = "float32 row and column weights, all gradients", "float32 element mask"
 ddp = nn.parallel.DistributedDataParallel
@@ -64,11 +60,9 @@ def data_parallel(wrap: Callable[..., nn.Module], positives: str, mesh: DeviceMe
     whole, count = copy.deepcopy(head), positive.sum()
     smooth_l1_loss(whole(features), *batch[1:], reduction="sum", normalizer=count).backward()
 
-    namespace: dict[str, Any] = {}
-    exec(BOX_LOSS, namespace)
     features, *others = (tensor.chunk(RANKS)[dist.get_rank()] for tensor in batch)
     model = wrap(head)
-    namespace["box_loss"](model(features), *others).backward()
+    support.from_readme("box_loss")(model(features), *others).backward()
     for found, expected in zip(head.parameters(), whole.parameters(), strict=True):
         assert isinstance(found.grad, DTensor if wrap is fsdp2 else Tensor)
         gradient = found.grad.full_tensor() if isinstance(found.grad, DTensor) else found.grad
@@ -146,7 +140,7 @@ CHECKS: list[Callable[[DeviceMesh], None]] = [
     ),
     partial(dtensors, partial(call, WEIGHTS), None, False),
     partial(dtensors, partial(call, WEIGHTS, reduction="sum", normalizer=3.0), 0, True),
-    partial(
+    partial(  # (The 1, which is replaced, says that the result is no plain sum.)
         dtensors, partial(call, MASK, reduction="sum", normalizer=1), 0, True, function=counted
     ),
     numbers_that_change,

@@ -109,9 +109,9 @@ def test_functions_of_detectors() -> None:
 
 
 def test_what_the_documents_name() -> None:
-    """The README's blocks all run, tests that it names exist, and the newest release is this."""
+    """The README's blocks all run, test files exist, and the newest release is this."""
     assert len(BLOCKS) == len(re.findall(r"(```|~~~) *py", README, re.IGNORECASE)) > 10
-    named = set(re.findall(r"\btest_\w+\.py", README))
+    named = set(re.findall(r"\btest_\w+\.py", README + CONTRIBUTING))
     assert len(named) > 10
     assert named <= {path.name for path in (ROOT / "tests").iterdir()}
     dated = re.findall(r"^## \[(.+)\] - \d{4}-\d{2}-\d{2}$", CHANGELOG, re.MULTILINE)

@@ -27,7 +27,7 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collect how many rows are computed at a time: first all, then those that are gathered."""
+    """Gather at any size, and collect how many rows are computed: of all, then of each batch."""
     rows: list[int] = []
     original = eager.forward
 
@@ -48,7 +48,7 @@ def _is_own(*operands: Any, **options: Any) -> bool:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_pytorchs_own_loss(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken below a size, but for a divisor of its own; without a reduction at any size."""
+    """It is taken for small sums and means, and at any size without a reduction."""
     operands = boxes((40, 5), grad=2)
     for large in (200, 201):
         monkeypatch.setattr(eager, "NATIVE_BELOW", large)
@@ -57,8 +57,8 @@ def test_pytorchs_own_loss(reduction: str, monkeypatch: pytest.MonkeyPatch) -> N
         check(*operands, reduction=reduction, sigma=1.5, upstream=2.0)
 
 
-def test_where_pytorchs_own_loss_is_not_all() -> None:
-    """Another value would come out, or a gradient of another memory format."""
+def test_where_pytorchs_own_loss_would_be_wrong() -> None:
+    """By its value, or by the memory format of its gradient."""
     operands = boxes(4, grad=0)
     # The strides of dimensions of size 1 may be anything, and are the gradient's too.
     for input, target in (operands, [t.t() for t in operands], [t.t()[:, :1] for t in operands]):
@@ -79,7 +79,7 @@ def test_any_beta(dtype: torch.dtype, beta: float) -> None:
 
 
 def test_l1_where_subnormal_numbers_are_0() -> None:
-    """A CPU can be told to take them for 0: the derivative is 0 there, and 1 everywhere else."""
+    """A CPU can be told to take them for 0: the derivative is 0 there, and the sign elsewhere."""
     if not torch.set_flush_denormal(True):
         pytest.skip("waits for a CPU that can flush subnormal numbers")
     try:
@@ -101,10 +101,7 @@ BATCHES = {"sum": (5, 1, 1, 1, 1), "mean": (23, 3, 1), "batchmean": (24, 4), "no
 def test_few_rows(
     transposed: bool, other: Any, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are gathered with all that belongs to them, and what is left out may be anything.
-
-    What belongs to them are other weights and a beta of this shape.
-    """
+    """Gathered with weights and beta of the shape `other`; the rows left out may hold NaN."""
     row_mask = torch.zeros(80, 1, 1, dtype=torch.uint8)
     row_mask[[3, 4, 40, 79]] = 2
     beta = values(*other).abs() if isinstance(other, tuple) else None
@@ -125,7 +122,7 @@ def test_few_rows(
 
 
 def test_few_rows_of_anything(forwards: list[int]) -> None:
-    """What is left out has a gradient of exactly 0; 0 by 0 is NaN, be it a sum of nothing."""
+    """What is left out has a gradient of exactly 0; 0 / 0 is NaN, even for an empty mask."""
     row = torch.arange(80)[:, None] == 7
     for upstream in (math.inf, math.nan):
         check(*boxes((80, 6), None, row, grad=2), reduction="sum", upstream=upstream)
@@ -135,6 +132,7 @@ def test_few_rows_of_anything(forwards: list[int]) -> None:
     for dtypes in permutations(FLOATS, 2):
         input, target = (values(80, 6, dtype=dtype, grad=True) for dtype in dtypes)
         check(input, target, row, upstream=3.0)
+    assert 1 in forwards
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -50,7 +50,7 @@ def exported(module: nn.Module, strict: bool = False) -> Any:
 def test_export(reduction: str, strict: bool, backend: str) -> None:
     """Also saved and loaded, decomposed as for a compiler, and traced.
 
-    No weights constrain the batch, and nobody knows that a count that depends on data is positive.
+    The weights do not fix the batch's size, nor need the count be known to be positive.
     """
     module, file = Step(reduction), io.BytesIO()
     program = exported(module, strict)
@@ -67,6 +67,7 @@ def test_export(reduction: str, strict: bool, backend: str) -> None:
         for rows in (1, 4, 9):
             operands = operands_of(rows)
             assert_close(one.module()(*operands), module(*operands))
+    operands = operands_of(6)
     traced = torch.jit.trace(program.module(), operands, check_trace=False)
     assert_close(traced(*operands), module(*operands))
 

@@ -26,7 +26,7 @@ if HAS_TRITON:
 
 pytestmark = support.needs_triton
 
-DOUBLE, FLOAT, HALF = torch.float64, torch.float32, torch.bfloat16
+DOUBLE, FLOAT, BFLOAT = torch.float64, torch.float32, torch.bfloat16
 INPUT = (True, False, False, False, False)
 SEVERAL = 100_000  # elements, of several programs
 MULTIPROCESSORS = 10
@@ -245,14 +245,14 @@ def test_grid(narrow: torch.dtype, ask: Ask, gpu: FakeGpu) -> None:
 
 
 def test_product_by_pytorch_or_by_a_kernel(gpu: FakeGpu) -> None:
-    """PyTorch's is quicker on the host where it is small, and alone if the dtypes are the same."""
+    """By PyTorch's `mul_` for one small gradient of the upstream gradient's dtype."""
     cases: list[tuple[list[Any], int, torch.dtype, bool]] = [
         ([FLOAT, None], 2**20 - 1, FLOAT, False),
         ([FLOAT, None], 2**20, FLOAT, True),
         ([DOUBLE, None], 4, DOUBLE, False),
         ([FLOAT, FLOAT], 4, FLOAT, True),
-        ([None, HALF], 4, FLOAT, True),
-        ([HALF, None], 4, FLOAT, True),
+        ([None, BFLOAT], 4, FLOAT, True),
+        ([BFLOAT, None], 4, FLOAT, True),
         ([FLOAT, None], 4, DOUBLE, True),
     ]
     for dtypes, numel, upstream, is_kernel in cases:
@@ -285,16 +285,18 @@ def test_one_thread_compiles_at_a_time() -> None:
 @support.on_kernel
 @pytest.mark.parametrize("place", [2, 3], ids=["inside", "outside"])
 def test_what_is_not_loaded(place: int) -> None:
-    """What a mask excludes; and for an upstream gradient of 1, all but this number."""
+    """What a mask excludes; and with an upstream gradient of 1, anything but that gradient."""
     operands = [*boxes(9, grad=2), None, None]
     operands[place] = torch.zeros(9, 1, dtype=torch.bool)
     smooth_l1_loss(*operands, beta=torch.ones(9, 1))
     assert {name for kind, name in events if kind == "load"} == {f"operands[{place}]"}
+    # (A product reads it by a pointer, under masks a new computation reads it as an operand.)
     for weights, upstream in [(values(9, 1), "upstream_ptr"), (coin(9, 1), "operands[5]")]:
         operands[place] = weights
         for value in (1.0, 2.0):
             support.results(smooth_l1_loss, operands, value)
-            assert ({*events} == {("load", upstream)}) == (value == 1.0)
+            is_all = {*events} == {("load", upstream)}
+            assert is_all == (value == 1.0)
 
 
 @support.needs_no_gpu

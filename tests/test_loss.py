@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.codegen.calls import calls
 from fused_smoothl1 import smooth_l1_loss
 from tests import support
 from tests.support import CALLS, DEVICE, FLOATS, HAS_GPU, REDUCTIONS, boxes, check, coin, values
@@ -18,12 +17,12 @@ pytestmark = support.on_both
 @support.on_kernel
 @pytest.mark.parametrize("rows", [1, 33, 1031])
 @pytest.mark.parametrize("name", CALLS)
-def test_every_kind_of_launch(name: str, rows: int, unpoisoned: None) -> None:
-    """For compute-sanitizer memory that was never written must look so."""
+def test_every_kind_of_launch(name: str, rows: int) -> None:
+    """For an upstream gradient of 1, another, and one for each element."""
     operands, options = support.call(name, rows)
     upstreams: list[Any] = [1.0, 3.7]
     if options["reduction"] == "none":  # a loss of every element gets a gradient for each
-        view = calls(rows)[CALLS.index(name)].upstream
+        view = support.catalogued(name, rows).upstream
         upstreams.append(view(values(*operands[0].shape)))
     for upstream in upstreams:
         check(*operands, upstream=upstream, **options)
@@ -32,11 +31,11 @@ def test_every_kind_of_launch(name: str, rows: int, unpoisoned: None) -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=["float", "mask"])
 def test_rpn(dtype: torch.dtype) -> None:
-    """20 positives and 236 negatives of 21,546 anchors; outside weights 1/256 on both."""
-    anchors = torch.stack([coin(1, 9, 38, 63, p=n / 21546) for n in (20, 236)])
+    """About 20 positives and 236 negatives of 21,546 anchors; outside weights 1/256 on both."""
+    anchors = torch.stack([coin(2, 9, 38, 63, p=n / 21546) for n in (20, 236)])
     positive, negative = anchors.repeat_interleave(4, dim=2)
     weights = positive.to(dtype), (positive | negative) / 256
-    input, target = boxes((1, 36, 38, 63), grad=2, scale=0.3)
+    input, target = boxes((2, 36, 38, 63), grad=2, scale=0.3)
     target.data *= positive
     for reduction in ("sum", "batchmean"):
         check(input, target, *weights, sigma=3.0, reduction=reduction)
@@ -46,7 +45,7 @@ def test_rpn(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", [3, 1024, 1025, 8191])
 def test_last_elements(size: int, dtype: torch.dtype) -> None:
-    """What is left of whole blocks is bounded by a mask, which meets those that were given."""
+    """The kernel's own mask of the last, partial block combines with the caller's masks."""
     check(*boxes((size,), (size,), (size,), grad=2, dtype=dtype), sigma=2.4, reduction="sum")
     is_last = torch.arange(size, device=DEVICE) == size - 1
     for mask in (is_last, ~is_last):
@@ -119,7 +118,7 @@ def test_offsets_beyond_32_bits(shape: Any, strides: Any, operand: int, tmp_path
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_more_than_2_31_elements(reduction: str, masked: bool, unpoisoned: None) -> None:
-    """The loss, its gradient, and what makes it another one for another upstream gradient."""
+    """Indices beyond int32 in the loss, its gradient, and the product with 2."""
     n, places = 2**31 + 4099, [2**31 + 4098, 2**31 - 1]
     input = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
     input[places] = torch.tensor([3.0, 0.5]).to(input)

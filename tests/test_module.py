@@ -1,4 +1,4 @@
-"""The module is the function with its options kept; a tensor among them is a buffer of its own."""
+"""The module is the function with its options kept; a tensor is a buffer, a parameter stays one."""
 
 import copy
 import io

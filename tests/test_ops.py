@@ -59,7 +59,7 @@ PROBLEMS: dict[str, Callable[..., Case]] = {
 
 
 def in_float64(case: Case) -> Case:
-    """Return a call of the same kind, of which no sum is worth a tolerance."""
+    """Return the call in float64, where sums need no tolerance of their own."""
 
     def wide(t: Tensor) -> Tensor:
         return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
@@ -130,7 +130,7 @@ def test_gradients(name: str, reduction: str) -> None:
 
 
 def test_an_upstream_gradient_is_not_rounded_to_16_bits() -> None:
-    """It would make another number of every other element."""
+    """That would change a third of the elements."""
     operands, options = call("bfloat16 dense", 300)
     _, found = results(operator, operands, 1 / 3, **options)
     _, expected = results(smooth_l1_loss, operands, 1 / 3, **options)
@@ -211,12 +211,12 @@ def whole(parts: tuple[Tensor, ...], placement: Any) -> Tensor:
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_shards(name: str, reduction: str) -> None:
-    """There is a rule for each dimension of the input, and one that shards nothing."""
+    """Each rule gives the whole result; one shards nothing, and each dimension has one."""
     from torch.distributed.tensor import Replicate, Shard
 
     from fused_smoothl1 import sharding
 
-    for rows in (6, 1):
+    for rows in (6, 1):  # Of one row, a rank has none.
         operands, options = in_float64(PROBLEMS[name](rows=rows, reduction=reduction))
         for which, arguments in arguments_of(problem_of(*operands, **options)).items():
             run, places = getattr(torch.ops.fused_smoothl1, which), set()
@@ -225,5 +225,6 @@ def test_shards(name: str, reduction: str) -> None:
                 ranks = zip(*map(parts, arguments, inputs), strict=True)
                 found = zip(*(run(*given) for given in ranks), strict=True)
                 assert_close([*map(whole, found, outputs)], [*expected], equal_nan=True)
+                # (The input's; in backward the upstream gradient comes first.)
                 places.add(inputs[which == "backward"])
             assert places == {Replicate(), *map(Shard, range(operands[0].dim()))}

@@ -47,7 +47,7 @@ def _plan(itemsize: int, *operands: Layout) -> Any:
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("columns", [4, 5, 6, 8])
 def test_cheapest_access(columns: int, itemsize: int) -> None:
-    """It may be half as wide as it could, if all that it moves at a time is of one row then."""
+    """Half the widest access is taken where it stays in one row; a quarter is not."""
     shape, widest = (9, columns), 16 // itemsize
     dense: Layout = shape, (columns, 1)
     group = math.gcd(columns, widest)
@@ -77,16 +77,16 @@ def test_cheapest_access(columns: int, itemsize: int) -> None:
     assert _plan(itemsize, maps, maps, pixels).access == ("flat", "flat", row)
 
 
-LARGE = st.sampled_from([1, 2, 3, 4, 1000, 2**15, 2**16, 2**30, 2**31 - 1025, 2**31 - 1024])
+SIZES = st.sampled_from([1, 2, 3, 4, 1000, 2**15, 2**16, 2**30, 2**31 - 1025, 2**31 - 1024])
 
 
 @given(
-    shape=st.lists(LARGE, min_size=1, max_size=3),
-    steps=st.lists(st.integers(0, 2) | LARGE, min_size=3, max_size=3),
+    shape=st.lists(SIZES, min_size=1, max_size=3),
+    steps=st.lists(st.integers(0, 2) | SIZES, min_size=3, max_size=3),
     itemsize=st.sampled_from([2, 4, 8]),
 )
 def test_32_bits_where_they_are_enough(shape: list[int], steps: list[int], itemsize: int) -> None:
-    """For the largest number that the kernel computes on the way to an operand's elements."""
+    """64 only if an offset, or the end of the last block, exceeds int32."""
     numel = math.prod(shape)
     dense = tuple(shape), tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     other = tuple(shape), tuple(steps[: len(shape)])
@@ -99,7 +99,7 @@ def test_32_bits_where_they_are_enough(shape: list[int], steps: list[int], items
 
 @pytest.mark.parametrize("numel", [0, 1, 1023, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1])
 def test_blocks_cover_everything(numel: int) -> None:
-    """Whole blocks, and the tail once: also where a 32-bit index of one more would overflow."""
+    """All programs walk the whole blocks, one the tail; also next to the largest int32."""
     programs, block = 3, 1024
     found = torch.empty((programs, 2, 2), dtype=torch.int64, device=DEVICE)
     blocks_kernel[(programs,)](found, numel, block)

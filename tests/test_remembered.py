@@ -221,7 +221,7 @@ def triton_is_asked_where_it_would_do_more(kernel: Any) -> None:
 @support.needs_triton
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_remembered(target: str) -> None:
-    # What it compiles for AMD depends on the size of a storage then, in Triton 3.5 too.
+    # With this, Triton's code for AMD depends on a storage's size, in Triton 3.5 too.
     run_python("-m", "tests.test_remembered", target, AMDGCN_USE_BUFFER_OPS="1")
 
 

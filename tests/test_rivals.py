@@ -69,7 +69,7 @@ def test_every_rival_is_right(
 
 @pytest.mark.parametrize("name", ["eager_composition", "compile", "compile_grad_and_value"])
 def test_compositions(name: str, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mask is a float before the clock starts, but where it is compiled; drafters have theirs."""
+    """A mask is cast before the timing unless compiled; `drafter` has a composition of its own."""
     step = RIVAL[name].step(workload("row_mask"))
     with Traffic() as found:
         step()

@@ -67,7 +67,7 @@ def test_backend_by_choice() -> None:
     choice: Any = {"FUSED_SMOOTHL1_BACKEND": "triton"}
     if not HAS_GPU:
         assert re.match("none: .*INTERPRET=1", _selfcheck(1, **choice)["backend"])
-    told = _selfcheck(**choice, TRITON_INTERPRET="01"[not HAS_GPU])["backend"]
+    told = _selfcheck(**choice, TRITON_INTERPRET="0" if HAS_GPU else "1")["backend"]
     assert re.fullmatch("Triton kernel, .* FUSED_SMOOTHL1_BACKEND=triton", told)
 
 
@@ -91,7 +91,7 @@ def _nan_in_one_case(
     return right(input, target, inside, *rest, **kw) * (torch.nan if is_it else 1)
 
 
-# Each is wrong in a way of its own, and the rest of it stays right; and what is said of it.
+# Each is wrong in one way only; and how many cases agree (eight are sums).
 DEFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     "sigma": (lambda *args, sigma, **kw: right(*args, sigma=1.001 * sigma, **kw), "0 of"),
     "reduction": (lambda *args, reduction, **kw: right(*args, reduction="sum", **kw), "8 of"),

@@ -1,7 +1,7 @@
 """Special values and extreme numbers: the same in the kernel, in eager PyTorch, and in graphs.
 
-The columns of TABLE are written by hand; what else there is comes from the oracle. (Random calls
-with special values are in test_properties.py, among them transition points that are not allowed.)
+TABLE is written by hand; all other expectations come from the oracle. (Random calls with special
+values are in test_properties.py, among them transition points that are not allowed.)
 """
 
 import math
@@ -59,7 +59,7 @@ def test_table(row: tuple[float, ...], kind: str, sign: float) -> None:
     x, number, value, slope = row
     of_beta = -0.5 if x == number == 0 else -0.5 * slope**2
     slope *= sign
-    # (There are two, because what has one element is one for all.)
+    # (Two elements: a beta of one would count as one for all.)
     input, target = full(sign * x, 2), full(0.0, 2)
     options: dict[str, Any] = {"reduction": "none", "beta": number}
     if kind != "number":
@@ -132,7 +132,7 @@ def by_torch_func(loss: Loss, value: Tensor) -> tuple[Tensor, Tensor]:
 # One for each of the ways that the code takes.
 CONTEXTS: dict[str, Callable[[Loss, Tensor], Any]] = {
     "plain": lambda loss, value: results(loss, [value]),
-    "another derivative": with_graph,
+    "create_graph": with_graph,
     "compiled": lambda loss, value: results(torch.compile(loss, backend="aot_eager"), [value]),
     "captured with another value": captured,
     "torch.func": by_torch_func,
@@ -140,7 +140,7 @@ CONTEXTS: dict[str, Callable[[Loss, Tensor], Any]] = {
 }
 
 
-def hold(context: str, name: str, **arguments: Any) -> None:
+def check_in(context: str, name: str, **arguments: Any) -> None:
     """Hold the loss and its derivative, as a function of one argument, against the oracle."""
     torch._dynamo.reset()
     value = arguments.pop(name)
@@ -160,9 +160,9 @@ def test_extreme_tensors(context: str, beta: float) -> None:
     factors = torch.tensor([0.0, 0.5, -0.75, 2.0, NAN], device=DEVICE)
     input = torch.where(factors == 2.0, 2 * max(beta, 1e-30), factors * beta)
     call: dict[str, Any] = {"input": input, "target": torch.zeros_like(input), "reduction": "none"}
-    hold(context, "beta", beta=full(beta, 5), **call)
+    check_in(context, "beta", beta=full(beta, 5), **call)
     if 1e-25 <= beta <= 1e25:
-        hold(context, "sigma", sigma=full(beta**-0.5, 5), **call)
+        check_in(context, "sigma", sigma=full(beta**-0.5, 5), **call)
 
 
 BEYOND: list[dict[str, Any]] = [
@@ -175,9 +175,9 @@ BEYOND: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", BEYOND, ids=str)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_numbers_beyond_float32(context: str, options: dict[str, Any]) -> None:
-    """Weights are infinite in every context, normalizers divide to 0; NaN stays NaN.
+    """Weights become infinite, normalizers make 0 or inf of a loss; NaN stays NaN.
 
     With such a beta the loss is quadratic, and linear at inf alone.
     """
     for value in (1e37, -3e37, *([] if "normalizer" in options else [INF])):
-        hold(context, "input", input=full(value), target=full(0.0).detach(), **options)
+        check_in(context, "input", input=full(value), target=full(0.0).detach(), **options)

@@ -129,18 +129,19 @@ def step(name: str, function: Loss = smooth_l1_loss) -> list[Tensor]:
 
 
 def gradients(name: str) -> list[Tensor]:
-    """Compute them after a loss that a stand-in for a GPU may have computed."""
+    """Return the gradients alone: the loss may come from the stand-in, which computes nothing."""
     return step(name)[1:]
 
 
 def compiled() -> list[Tensor]:
-    """Compute in compiled graphs, whose generated code has no names."""
+    """Compute in a compiled graph, whose generated code has no `__name__` to warn at."""
     torch._dynamo.reset()
     graph = torch.compile(smooth_l1_loss, backend="aot_eager", fullgraph=True)
     return step("float32 row and column weights, all gradients", graph)
 
 
-def product() -> Any:
+def scaled() -> Any:
+    """Multiply a gradient by what arrives."""
     backend, gradient = dispatch.backend_on(torch.device("cpu")), torch.ones(1 << 20)
     return backend.scale((gradient, *NO_GRADIENTS[1:]), torch.tensor(3.0), has_masks=False)
 
@@ -181,7 +182,7 @@ STEPS: list[Step] = [
     operators,
 ]
 LATE = "float64 dense, all gradients", "bfloat16 row mask, float32 normalizer"
-STEPS_OF_KERNELS: list[Step] = [*(partial(gradients, name) for name in LATE), product, compiled]
+STEPS_OF_KERNELS: list[Step] = [*(partial(gradients, name) for name in LATE), scaled, compiled]
 
 
 def training_goes_on(name: str, folder: Path) -> None:
@@ -217,7 +218,7 @@ def training_goes_on(name: str, folder: Path) -> None:
 
 
 def comes_through(name: str, folder: Path) -> None:
-    """And the kernel is taken again: it is loaded then, if it was not, and no more than once."""
+    """It raises; then the kernel is used again, and loaded only if it was not."""
     failing, error = PASSING[name]
     # Of what loading returns, the second is the kernel, and the last the number of threads.
     load, launch = mock.Mock(return_value=(1, "loaded", 0, 0, 1024)), mock.Mock()
@@ -251,7 +252,7 @@ FAULTS = [*BROKEN, *PASSING]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, str]:
+def complaints() -> dict[str, str]:
     # (Triton prints what ptxas says before.)
     *_, told = run_python("-m", "tests.test_toolchain").splitlines()
     return dict(json.loads(told))
@@ -259,8 +260,8 @@ def found() -> dict[str, str]:
 
 @support.needs_triton
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault(fault: str, found: dict[str, str]) -> None:
-    assert not found[fault], found[fault]
+def test_fault(fault: str, complaints: dict[str, str]) -> None:
+    assert not complaints[fault], complaints[fault]
 
 
 if __name__ == "__main__":

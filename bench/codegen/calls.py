@@ -86,7 +86,7 @@ def calls(rows: int) -> list[Call]:
     transposed = Operand((4, rows), view=lambda turned: turned.t())
     unaligned = Operand((1000,), view=lambda longer: longer[1:])
     boxes = 2 * (of(rows, 4),)
-    half, brain = of(flat, dtype="float16"), of(flat, dtype="bfloat16")
+    half, bfloat = of(flat, dtype="float16"), of(flat, dtype="bfloat16")
 
     def row_mask(dtype: str, normalizer: str) -> Call:
         operands = 2 * (of(rows, 4, dtype=dtype),) + (of(rows, 1, dtype="bool"),)
@@ -122,8 +122,8 @@ def calls(rows: int) -> list[Call]:
         Call("unaligned, one program, a number", (unaligned, unaligned), outside_number=-2.0),
         Call("slice of columns, no gradient", (columns, columns), wanted=0),
         Call("every other column, transposed target, L1", (every_other, transposed), beta=0.0),
-        Call("dense, both gradients", (of(flat), brain), wanted=2),
-        Call("dense", 4 * (brain,)),
+        Call("dense, both gradients", (of(flat), bfloat), wanted=2),
+        Call("dense", 4 * (bfloat,)),
         Call("dense", 4 * (half,)),
         Call("dense, all gradients", 4 * (of(flat, dtype="float64"),), wanted=4),
         row_mask("bfloat16", "float32"),
@@ -139,5 +139,5 @@ def calls(rows: int) -> list[Call]:
     ]
 
 
-# (Memory that is never touched is never there.)
+# It is compiled alone: memory that is never touched is never there.
 LONG_CALL = Call("dense, long, no weights", 2 * (Operand((LONG,)),))
