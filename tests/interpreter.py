@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton import language as tl
 from triton.runtime import interpreter
@@ -104,7 +103,10 @@ def _round_bfloat16() -> None:
     def create_fp_trunc(self: Any, source: Any, dtype: Any) -> Any:
         if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
             return truncate(self, source, dtype)
-        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
-        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
+        # (By NumPy, because PyTorch's allocations are counted.)
+        bits = np.array(source.data).view(np.uint32)
+        to_nearest_even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        rounded = np.where(np.isnan(source.data), 0x7FC0, to_nearest_even)
+        return TensorHandle(rounded.astype(np.uint16), dtype.scalar)
 
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
