@@ -97,12 +97,9 @@ def is_plain(values: tuple[Any, ...]) -> bool:
     """Whether PyTorch executes this call as it stands, with nothing between it and the tensors.
 
     Whatever is in between must see operations that it knows, not a launch or a write into memory.
-    The first of the values is a tensor.
     """
     return (
         _is_executed_as_it_stands()
-        # Tensors without data, of which only the operators' results are known.
-        and not values[0].is_meta
         # DTensor, FakeTensor and other subclasses, and symbols in the place of numbers.
         and PLAIN_TYPES.issuperset(map(type, values))
     )
