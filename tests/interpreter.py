@@ -2,9 +2,9 @@
 
 What a GPU does to a kernel, and Triton's interpreter by itself does not:
 
-- It crashes at a foreign address, or reads there what then reaches no result. Here
-  every access of every launch must lie inside one tensor that was given to the launch, and what is
-  written inside an output or a workspace.
+- It crashes at a foreign address, or reads there what then reaches no result. Here every access of
+  every launch must lie inside one tensor that was given to the launch, and what is written inside
+  an output or a workspace.
 - It takes hints at their word: `tl.multiple_of` and `tl.max_contiguous` decide how wide an access
   is. Here what they say must be true.
 - It rounds float32 to the nearest bfloat16. The interpreter truncates.
