@@ -103,7 +103,7 @@ sanitizer() {
 }
 
 measure() {
-  suite smoke "$SMOKE_SECONDS" -m smoke
+  suite smoke "$SMOKE_SECONDS" -m smoke tests/test_{loss,determinism,concurrency}.py
   step bench "$(left)" 300 \
     "$python" -m bench --device "$device" --out "$results" --limit $(($(left) - END_SECONDS))
 }

@@ -72,13 +72,18 @@ def test_export(reduction: str, strict: bool, backend: str) -> None:
     assert_close(traced(*operands), module(*operands))
 
 
-@support.needs_gpu  # On a CPU it takes a minute of C++.
-def test_aot_inductor(tmp_path: Any) -> None:
-    """Compiled ahead of time to a library, loaded from its package."""
+def ahead_of_time(path: str) -> None:
+    """Compile to a library, and load it from its package."""
     module, operands = Step(), operands_of(9)
-    path = str(tmp_path / "step.pt2")
     package = torch._inductor.aoti_compile_and_package(exported(module), package_path=path)
     assert_close(torch._inductor.aoti_load_package(package)(*operands), module(*operands))
+
+
+@support.needs_gpu  # On a CPU it takes a minute of C++.
+def test_aot_inductor(backend: str, tmp_path: Any) -> None:
+    """In a process of its own, as it has crashed."""
+    code = f"from tests import test_export; test_export.ahead_of_time('{tmp_path}/step.pt2')"
+    support.run_python("-c", code, gpu=True, FUSED_SMOOTHL1_BACKEND=backend)
 
 
 @pytest.mark.parametrize("weights", ["none", "rows", "mask"])

@@ -99,7 +99,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
     return call
 
 
-@settings(max_examples=600)
+@settings(max_examples=300 if support.HAS_GPU else 600)  # A GPU's kernels have to be compiled.
 @given(call=arguments())
 def test_against_the_oracle(call: dict[str, Any]) -> None:
     for name, value in call.items():
