@@ -82,7 +82,7 @@ def test_table(row: tuple[float, ...], kind: str, sign: float) -> None:
     assert_close(found, expected, rtol=5e-7, atol=2 * TINY, equal_nan=True)
 
 
-NUMBERS = [("beta", beta) for beta in (0.0, 2.0**-40, 1 / 9, 0.7, 3.0, 30.0, 2.0**100)]
+NUMBERS = [("beta", beta) for beta in (0.0, 1e-44, 1 / 9, 0.7, 3.0, 30.0, 2.0**100)]
 NUMBERS += [("sigma", sigma) for sigma in (0.5, 3.0, INF, 1e12, 1e30, 1e200, 1e-5, 1e-40, 1e-200)]
 
 
